@@ -1,0 +1,57 @@
+"""Accumulator-aware quantization: integer networks whose dot products provably fit a narrow accumulator.
+
+>>> import accaware as aa
+>>> spec = aa.Spec(weight_bits=4, act_bits=4, acc_bits=12)
+
+Names load lazily: asking for a bound or a certificate imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from accaware.certify.certificate import Certificate as Certificate
+    from accaware.certify.model import certify as certify
+    from accaware.formats import Accumulator as Accumulator
+    from accaware.formats import IntFormat as IntFormat
+    from accaware.formats import Spec as Spec
+    from accaware.integer.convert import integer_layers as integer_layers
+    from accaware.integer.convert import wrapping as wrapping
+    from accaware.integer.layer import IntegerLayer as IntegerLayer
+    from accaware.layers import QuantIdentity as QuantIdentity
+    from accaware.prepare import calibrate as calibrate
+    from accaware.prepare import penalty as penalty
+    from accaware.prepare import prepare_ as prepare_
+    from accaware.prepare import reestimate_batchnorm as reestimate_batchnorm
+
+_HOMES = {
+    "Accumulator": "formats",
+    "Certificate": "certify.certificate",
+    "IntFormat": "formats",
+    "IntegerLayer": "integer.layer",
+    "QuantIdentity": "layers",
+    "Spec": "formats",
+    "calibrate": "prepare",
+    "certify": "certify.model",
+    "integer_layers": "integer.convert",
+    "penalty": "prepare",
+    "prepare_": "prepare",
+    "reestimate_batchnorm": "prepare",
+    "wrapping": "integer.convert",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'accaware' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"accaware.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
