@@ -1,0 +1,187 @@
+"""Euclidean projections onto the sets that an accumulator can hold; pure functions, batched over all leading dimensions.
+
+Real-valued: the l1 ball (Duchi et al. 2008; A2Q+, EP-init) and its zero-centred slice. Integer-valued: the closest
+integers under the exact budget of `accaware.bounds.Budget`, which is optimal (see `project_integers`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accaware.bounds import Budget
+
+__all__ = ["holds", "project_integers", "project_l1", "project_l1_zero_centred"]
+
+_BLOCK = 1 << 23  # elements that the enumeration of coupled budgets sorts at once
+
+
+def _simplex_threshold(v: Tensor, radius: Tensor) -> Tensor:
+    """The theta for which sum_i max(v_i - theta, 0) = radius > 0. v: [..., K], radius: [..., 1]; returns [..., 1]."""
+    ordered = v.sort(dim=-1, descending=True).values
+    count = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
+    theta = (ordered.cumsum(-1) - radius) / count
+    support = (ordered > theta).sum(-1, keepdim=True).clamp_(min=1)
+    return theta.gather(-1, support - 1)
+
+
+def _radius(v: Tensor, radius: Tensor | float) -> Tensor:
+    r = torch.as_tensor(radius, dtype=v.dtype, device=v.device)
+    if not bool((r > 0).all()):
+        raise ValueError(f"the radius of an l1 ball must be positive, not {float(r.min())}")
+    return r if r.ndim == 0 else r.expand(*v.shape[:-1], 1)
+
+
+def project_l1(v: Tensor, radius: Tensor | float) -> Tensor:
+    """The point of {x : ||x||_1 <= radius} that is closest to v (Duchi et al. 2008, figure 1).
+
+    v: [..., K] floating point; radius: positive, a number or [..., 1]. Returns a tensor like v.
+    Raises `ValueError` for a radius that is not positive.
+
+    >>> project_l1(torch.tensor([3.0, -1.0]), 2.0)
+    tensor([2., 0.])
+    """
+    r = _radius(v, radius)
+    size = v.abs()
+    theta = _simplex_threshold(size, r)
+    inside = size.sum(-1, keepdim=True) <= r
+    return torch.where(inside, v, v.sign() * (size - theta).clamp(min=0))
+
+
+def project_l1_zero_centred(v: Tensor, radius: Tensor | float) -> Tensor:
+    """The point of {x : sum_i x_i = 0, ||x||_1 <= radius} that is closest to v.
+
+    Such an x has a positive and a negative part of the same mass, radius/2 where the ball binds, so the two parts are
+    two independent projections onto a simplex: x = max(v - a, 0) - max(b - v, 0). A2Q+ (section 4) leaves this open.
+    v: [..., K] floating point; radius: positive, a number or [..., 1]. Returns a tensor like v.
+
+    >>> project_l1_zero_centred(torch.tensor([4.0, 1.0, 1.0]), 2.0)
+    tensor([ 1.0000, -0.5000, -0.5000])
+    """
+    r = _radius(v, radius)
+    centred = v - v.mean(-1, keepdim=True)
+    upper = _simplex_threshold(centred, r / 2)
+    lower = -_simplex_threshold(-centred, r / 2)
+    inside = centred.abs().sum(-1, keepdim=True) <= r
+    return torch.where(inside, centred, (centred - upper).clamp(min=0) - (lower - centred).clamp(min=0))
+
+
+@torch.no_grad()
+def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: Tensor | None = None) -> Tensor:
+    """The integers q closest to u that an accumulator can hold: argmin sum_i h_i (q_i - u_i)^2 under `budget`.
+
+    u: [..., K] float32 or float64, one row of weights divided by their scale; the budget holds for each row.
+    qmax: the largest |q_i|, a number or a tensor that broadcasts to u. importance: h_i > 0, broadcasts to u; default 1.
+    Returns integers in the dtype of u (float64 where float32 could not hold a row's sum).
+
+    Raising |q_i| from k - 1 to k lowers the error by h_i (2 (|u_i| - k) + 1), which falls with k: the problem is
+    separable and convex, so keeping the units with the largest positive gains is optimal. They are found by bisection
+    on the gain of the last unit (the multiplier of the budget); units of equal gain are granted in the order of the row.
+
+    >>> project_integers(torch.tensor([2.2, -1.4, 0.6]), Budget(up=1, down=1, hi=None, lo=None, l1=3), qmax=7)
+    tensor([ 2., -1.,  0.])
+    """
+    if u.shape[-1] * float(qmax.max() if isinstance(qmax, Tensor) else qmax) >= 2**24:
+        u = u.double()
+    if budget.l1 is not None:
+        return _fill(u.abs(), budget.l1, qmax, importance) * u.sign()
+    positive, negative = budget.positive, budget.negative
+    if positive is None or negative is None:
+        return _project_coupled(u, budget, qmax, importance)
+    return _fill(u.clamp(min=0), positive, qmax, importance) - _fill((-u).clamp(min=0), negative, qmax, importance)
+
+
+def holds(q: Tensor, budget: Budget) -> Tensor:
+    """Whether each row of integers is within the budget, decided in Python integers. q: [..., K]; returns bool [...]."""
+    p, n = q.clamp(min=0).sum(-1).long(), (-q).clamp(min=0).sum(-1).long()
+    safe = budget.allows(p.cpu().numpy(), n.cpu().numpy())
+    return torch.as_tensor(np.asarray(safe, dtype=bool), device=q.device)
+
+
+def _fill(a: Tensor, limit: int | Tensor, qmax: int | Tensor, h: Tensor | None) -> Tensor:
+    """argmin sum_i h_i (q_i - a_i)^2 over integers 0 <= q_i <= qmax with sum_i q_i <= limit; a: [..., K] >= 0."""
+    top = torch.as_tensor(qmax, dtype=a.dtype, device=a.device)
+    room = torch.as_tensor(limit, dtype=a.dtype, device=a.device)
+    base = a - 0.5
+    buffer = torch.empty_like(base)
+
+    def units(multiplier: Tensor) -> Tensor:  # those whose gain exceeds 2 * multiplier
+        torch.sub(base, multiplier if h is None else multiplier / h, out=buffer)
+        buffer.ceil_()
+        return buffer.clamp_(min=0).clamp_(max=top) if top.ndim else buffer.clamp_(0, float(top))
+
+    free = units(torch.zeros((), dtype=a.dtype, device=a.device)).sum(-1, keepdim=True) <= room
+    if a.device.type == "cpu" and bool(free.all()):
+        return buffer
+    low = torch.zeros_like(free, dtype=a.dtype)
+    weighted = a + 0.5 if h is None else (a + 0.5) * h
+    high = weighted.amax(-1, keepdim=True).masked_fill_(free, 0)
+    solved = free
+    for _ in range(32 if a.dtype == torch.float32 else 62):
+        middle = (low + high) / 2
+        used = units(middle).sum(-1, keepdim=True)
+        fits = used <= room
+        high = torch.where(fits, middle, high)
+        low = torch.where(fits, low, middle)
+        solved = solved | (used == room)
+        # A row that spends its budget to the last unit is solved; asking would make a GPU wait.
+        if a.device.type == "cpu" and bool(solved.all()):
+            return units(high)
+    full = units(low).clone()
+    q = units(high)
+    tied = full.sub_(q)
+    left = room - q.sum(-1, keepdim=True)
+    return q + torch.minimum((left - tied.cumsum(-1) + tied).clamp_(min=0), tied)
+
+
+def _project_coupled(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) -> Tensor:
+    """`project_integers` where positive and negative weights share both ends of the register (signed inputs)."""
+    top = torch.as_tensor(qmax, dtype=u.dtype, device=u.device)
+    q = torch.minimum((u.abs() - 0.5).ceil_().clamp_(min=0), top) * u.sign()
+    broken = ~holds(q, budget)
+    if not bool(broken.any()):
+        return q
+    rows = u[broken]
+    rows_top = top.expand_as(u)[broken] if top.ndim else top
+    rows_h = None if h is None else h.expand_as(u)[broken]
+    step = max(1, _BLOCK // (u.shape[-1] * int(top.max())))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        part_h = None if rows_h is None else rows_h[part]
+        part_top = rows_top[part] if top.ndim else rows_top
+        positive, negative = _best_split(rows[part], budget, part_top, part_h)
+        rows[part] = _fill(rows[part].clamp(min=0), positive, part_top, part_h) - _fill(
+            (-rows[part]).clamp(min=0), negative, part_top, part_h
+        )
+    q[broken] = rows
+    return q
+
+
+def _best_split(u: Tensor, budget: Budget, top: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How many units the positive and the negative weights of each row get; u: [R, K], returns two of [R, 1].
+
+    With F(p) and G(n) the sums of the p and n largest gains of the two sides, both concave, every p is tried with the
+    largest n that the budget then allows.
+    """
+    assert budget.hi is not None and budget.lo is not None
+    most = min(budget.hi // max(budget.up, 1), budget.lo // max(budget.down, 1), u.shape[-1] * int(top.max()))
+    p = torch.arange(most + 1, device=u.device)
+    n = torch.minimum((budget.hi - budget.up * p) // budget.down, (budget.lo - budget.down * p) // budget.up)
+    gain_p = _prefix_gains(u.clamp(min=0), top, h, most)
+    gain_n = _prefix_gains((-u).clamp(min=0), top, h, int(n.max()))
+    total = gain_p + gain_n[:, n.clamp(max=gain_n.shape[1] - 1)]
+    best = total.argmax(-1)
+    return best.unsqueeze(-1).to(u.dtype), n[best].unsqueeze(-1).to(u.dtype)
+
+
+def _prefix_gains(a: Tensor, top: Tensor, h: Tensor | None, most: int) -> Tensor:
+    """[R, most + 1]: the sum of the j largest positive gains of each row, j = 0..most; float64."""
+    k = torch.arange(1, int(top.max()) + 1, device=a.device, dtype=torch.float64)
+    gains = 2 * (a.double().unsqueeze(-1) - k) + 1
+    gains = gains.masked_fill(k > top.unsqueeze(-1), 0) if top.ndim else gains
+    gains = (gains if h is None else gains * h.unsqueeze(-1)).clamp_(min=0).flatten(1)
+    count = min(most, gains.shape[1])
+    sums = gains.topk(count, dim=-1).values.cumsum(-1)
+    sums = torch.cat([sums, sums[:, -1:].expand(-1, most - count)], dim=-1) if count else gains.new_zeros(len(a), most)
+    return torch.cat([gains.new_zeros(len(a), 1), sums], dim=-1)
