@@ -1,0 +1,250 @@
+"""Layers that quantize their own input and weight. Each forward is the float layer's, on fake-quantized operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accaware.bounds import budget
+from accaware.formats import Accumulator, IntFormat, Spec
+from accaware.quantizers import ActivationQuantizer, weight_quantizer
+from accaware.rows import Rows, convolution_rows, transposed_rows
+
+__all__ = [
+    "LAYERS",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantConvTranspose3d",
+    "QuantIdentity",
+    "QuantLayer",
+    "QuantLinear",
+]
+
+_REQUEST = ("weight_bits", "act_bits", "acc_bits", "outer_bits")
+
+
+class QuantIdentity(nn.Module):
+    """Marks a tensor that several operations read (a residual stream): quantized once, on one grid, for all of them.
+
+    The identity until `prepare_` gives it a quantizer, which the layers that read its output share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_quant: ActivationQuantizer | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.input_quant is None else cast(Tensor, self.input_quant(x))
+
+
+class QuantLayer(nn.Module):
+    """Mixin of the layers below: an `nn.Linear` or convolution whose operands are quantized.
+
+    `input_quant` and `weight_quant` pass values through until `calibrate` or a loaded state dict has bound them.
+    `inside`: whether the layer is part of the request (kept layers are not). Without gradients the forward uses the
+    integers that will be deployed; they are cached until the weight or the quantizer changes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    request: Tensor
+    spec: Spec
+    inside: bool
+    name: str
+
+    def quantize_(self, name: str, spec: Spec, input_quant: ActivationQuantizer, inside: bool) -> None:
+        """Give a layer that was just converted its quantizers; called by `prepare_`."""
+        self.name, self.spec, self.inside = name, spec, inside
+        self.rows = self.make_rows()
+        self.input_quant = input_quant
+        self.weight_quant = weight_quantizer(spec, self.rows.channels, self.rows.parts, self.depthwise)
+        self.weight_quant.to(self.weight.device)
+        tile = -1 if spec.tile is None else spec.tile
+        values = [getattr(spec, name) for name in _REQUEST] + [tile, int(spec.preload == "free")]
+        self.register_buffer("request", torch.tensor(values, dtype=torch.int32, device=self.weight.device))
+        self.wrap_bits: int | None = None
+        self._cache: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel for each output."""
+        groups = getattr(self, "groups", 1)
+        return groups > 1 and groups == getattr(self, "in_channels", 0)
+
+    def make_rows(self) -> Rows:
+        """Which taps one accumulator adds."""
+        return convolution_rows(self.weight.shape, self.spec.order, self.spec.tile)
+
+    def bind(self) -> None:
+        """Tell the weight quantizer what its inputs are. Raises `ValueError` where no weight fits the accumulator."""
+        codes = self.input_quant.codes
+        if codes is None or codes == self.weight_quant.codes:
+            return
+        # Plain rounding knows no accumulator: it is judged afterwards, not bounded.
+        register = Accumulator(64) if self.spec.method == "baseline" else self.spec.accumulator
+        limits = budget(codes, register, where=self.name)
+        self.weight_quant.bind(codes, limits, self.rows.valid(self.weight.device), self.name)
+        self._cache = None
+
+    def quantized_weight(self) -> Tensor:
+        """The fake-quantized weight, in the shape of `weight`; differentiable while gradients are on."""
+        if self.weight_quant.codes is None or self.input_quant.observing:
+            return self.weight
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.rows.merge(self.weight_quant(self.rows.split(self.weight)))
+        q, scale, _ = self.deployed()
+        return self.rows.merge((q * scale).to(self.weight.dtype))
+
+    def deployed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers to deploy [C, parts, T] int64, scale [C, 1, 1] float64, and which parts were repaired [C, parts]."""
+        tensors = [self.weight, *self.weight_quant.parameters()]
+        key = [(t.data_ptr(), t._version, t.device) for t in tensors]
+        if self._cache is None or self._cache[0] != key:
+            with torch.no_grad():
+                self._cache = (key, self.weight_quant.deploy(self.rows.split(self.weight.detach())))
+        return self._cache[1]
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        self.bind()
+        x = self.input_quant(x)
+        if self.wrap_bits is not None and self.weight_quant.codes is not None:
+            return self._wrapped(x, *args)
+        return self.operate(x, self.quantized_weight(), self.bias, *args)
+
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        """The float layer's own computation."""
+        raise NotImplementedError
+
+    def _wrapped(self, x: Tensor, *args: Any) -> Tensor:
+        """The forward with a two's complement register of `wrap_bits` bits that really wraps around.
+
+        Exact: float64 holds every sum below 2^53. A free preload changes nothing here, since it is subtracted again
+        modulo 2^bits. With tiles each one wraps on its own, which this does not model: it is refused.
+        """
+        assert self.wrap_bits is not None
+        if self.rows.tiles > 1:
+            raise ValueError(f"{self.name}: wrap-around of tiles is not emulated here; use the integer layers")
+        q, scale, _ = self.deployed()
+        total = self.operate(self.input_quant.to_codes(x), self.rows.merge(q).double(), None, *args)
+        half = 2.0 ** (self.wrap_bits - 1)
+        start = self._start(q).reshape(-1)
+        shape = (-1,) + (1,) * (total.dim() - 2) if not isinstance(self, nn.Linear) else (-1,)
+        shift = start.to(total).reshape(shape)
+        total = torch.remainder(total + shift + half, 2 * half) - half - shift
+        out = total * scale.reshape(shape) * self.input_quant.scale
+        out = out if self.bias is None else out + self.bias.reshape(shape)
+        return out.to(self.weight.dtype)
+
+    def _start(self, q: Tensor) -> Tensor:
+        return self.preload(q)[:, :1] if self.rows.parts == 1 else q.new_zeros(q.shape[0], 1)
+
+    def preload(self, q: Tensor) -> Tensor:
+        """The start value of each part, [C, parts] int64; zeros unless the preload is free."""
+        codes = self.weight_quant.codes
+        if self.spec.preload == "none" or codes is None:
+            return q.new_zeros(q.shape[:2])
+        p, n = q.clamp(min=0).sum(-1), (-q).clamp(min=0).sum(-1)
+        form = codes.with_zero()
+        lowest = self.spec.accumulator.lo - (form.lo * p - form.hi * n)
+        highest = self.spec.accumulator.hi - (form.hi * p - form.lo * n)
+        return torch.minimum(torch.maximum(lowest, torch.zeros_like(lowest)), highest)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "request")
+        if stored is not None and not torch.equal(stored.cpu(), self.request.cpu()):
+            names = [*_REQUEST, "tile", "preload"]
+            pairs = zip(names, stored.tolist(), self.request.tolist(), strict=True)
+            wrong = ", ".join(f"{name} {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours)
+            raise ValueError(f"{self.name}: the checkpoint was made for {wrong}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._cache = None
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """x [..., in_features] -> [..., out_features]; weight [out_features, in_features]."""
+
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        return F.linear(x, weight, bias)
+
+
+class _QuantConv(QuantLayer):
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        return cast(Tensor, self._conv_forward(x, weight, bias))  # type: ignore[operator]
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """x [B, C, L] -> [B, out_channels, L']; weight [out_channels, in_channels/groups, k]."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """x [B, C, H, W] -> [B, out_channels, H', W']; weight [out_channels, in_channels/groups, kh, kw]."""
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """x [B, C, D, H, W] -> [B, out_channels, ...]; weight [out_channels, in_channels/groups, kd, kh, kw]."""
+
+
+class _QuantConvTranspose(QuantLayer):
+    convolve: Callable[..., Tensor]
+
+    def make_rows(self) -> Rows:
+        layer = cast(nn.ConvTranspose2d, self)
+        spec = self.spec
+        return transposed_rows(layer.weight.shape, layer.groups, layer.stride, layer.dilation, spec.order, spec.tile)
+
+    def operate(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
+    ) -> Tensor:
+        s = cast(Any, self)
+        spatial = len(s.kernel_size)
+        extra = s._output_padding(x, output_size, s.stride, s.padding, s.kernel_size, spatial, s.dilation)
+        return self.convolve(x, weight, bias, s.stride, s.padding, extra, s.groups, s.dilation)
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """x [B, C, L] -> [B, out_channels, L']; weight [in_channels, out_channels/groups, k]."""
+
+    convolve = staticmethod(F.conv_transpose1d)
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """x [B, C, H, W] -> [B, out_channels, H', W']; weight [in_channels, out_channels/groups, kh, kw]."""
+
+    convolve = staticmethod(F.conv_transpose2d)
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """x [B, C, D, H, W] -> [B, out_channels, ...]; weight [in_channels, out_channels/groups, kd, kh, kw]."""
+
+    convolve = staticmethod(F.conv_transpose3d)
+
+
+LAYERS: Mapping[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+}
+
+
+def kept_spec(spec: Spec, bits: int) -> Spec:
+    """The format of a layer that stays out of the request: plain quantization at `bits`, added up in 32 bits."""
+    return replace(spec, weight_bits=bits, act_bits=bits, acc_bits=32, method="baseline", preload="none", tile=None)
+
+
+def codes_of(layer: QuantLayer) -> IntFormat:
+    """The input codes of a calibrated layer. Raises `ValueError` before calibration."""
+    if layer.input_quant.codes is None:
+        raise ValueError(f"{layer.name}: not calibrated; call calibrate(model, batches) or load a calibrated checkpoint")
+    return layer.input_quant.codes

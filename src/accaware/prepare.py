@@ -1,0 +1,216 @@
+"""From a float model to a prepared one, in place: quantizers in, ranges found, first integers chosen."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from accaware.formats import Spec
+from accaware.layers import LAYERS, QuantIdentity, QuantLayer, kept_spec
+from accaware.quantizers import ActivationQuantizer
+from accaware.trace import Trace, evaluating, trace
+
+__all__ = ["calibrate", "penalty", "prepare_", "quant_layers", "reestimate_batchnorm"]
+
+Init = Literal["search", "ep", "none"]
+T = TypeVar("T")
+
+
+def prepare_(
+    model: nn.Module,
+    spec: Spec,
+    sample: Tensor | tuple[Any, ...] | None = None,
+    keep: Mapping[str, int | str] | None = None,
+    acc_bits: Mapping[str, int] | None = None,
+) -> nn.Module:
+    """Turn every `nn.Linear` and (transposed) convolution of `model` into its quantized form, in place.
+
+    sample: an input of the model (or the tuple of its arguments). One run over it finds which layers read the same
+    tensor, so that they share one activation quantizer, and which other operations accumulate. keep: layers that stay
+    out of the request, by name pattern (`fnmatch`): bits (2-8; added up in 32 bits) or "float". acc_bits: accumulator
+    widths by name pattern; the more specific pattern wins, then the later one.
+
+    Returns the model. Raises `ValueError` for a pattern that matches nothing, a model without such layers, or one that
+    is prepared already. Call `calibrate` next.
+    """
+    if quant_layers(model):
+        raise ValueError("this model is prepared already")
+    targets = {name: module for name, module in model.named_modules() if type(module) in LAYERS}
+    streams = {name: module for name, module in model.named_modules() if isinstance(module, QuantIdentity)}
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {_known()}")
+    kept = _match(keep or {}, [*targets, *streams], "keep")
+    widths = _match(acc_bits or {}, list(targets), "acc_bits")
+    for pattern, bits in (keep or {}).items():
+        if bits != "float" and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
+            raise ValueError(f"keep {pattern!r} must be 2-8 bits or 'float', not {bits!r}")
+    seen = Trace() if sample is None else trace(model, {**targets, **streams}, sample)
+    quantizers: dict[tuple[Any, int], ActivationQuantizer] = {}
+    for name, module in {**streams, **targets}.items():
+        if kept.get(name) == "float":
+            continue
+        inside = name not in kept
+        layer_spec = replace(spec, acc_bits=widths.get(name, spec.acc_bits)) if inside else kept_spec(spec, kept[name])
+        source = seen.sources.get(name, name)
+        key = (source, layer_spec.act_bits)
+        if key not in quantizers:
+            quantizers[key] = ActivationQuantizer(layer_spec.act_bits)
+        if isinstance(module, QuantIdentity):
+            module.input_quant = quantizers[key]
+        else:
+            device = next(module.parameters()).device
+            module.__class__ = LAYERS[type(module)]
+            assert isinstance(module, QuantLayer)
+            module.quantize_(name, layer_spec, quantizers[key].to(device), inside)
+    model._accaware_trace = seen  # type: ignore[assignment]
+    return model
+
+
+def _known() -> str:
+    return ", ".join(kind.__name__ for kind in LAYERS)
+
+
+def _match(patterns: Mapping[str, T], names: list[str], option: str) -> dict[str, T]:
+    """name -> value of the most specific pattern that matches it."""
+    found: dict[str, T] = {}
+    # Sorting is stable: among equally specific patterns the later one is applied last and wins.
+    for pattern in sorted(patterns, key=lambda p: (not set(p) & set("*?["), len(p.strip("*?")))):
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ValueError(f"{option}: no layer matches {pattern!r}; the layers are {', '.join(names)}")
+        found.update(dict.fromkeys(matched, patterns[pattern]))
+    return found
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers of a prepared model, by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def _activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    return [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -> None:
+    """Find activation ranges and signs from data, then the first weight scales of a prepared model.
+
+    batches: model inputs, or tuples that start with one; a thousand images suffice. The float model runs over them once
+    in evaluation mode. init: "search" chooses the weight scales (and EP-init's projection, for A2Q and A2Q+) of
+    smallest error, each tap weighted by the power of its input; "ep" projects at the scale max|w| / qmax; "none" does
+    not project.
+
+    Raises `ValueError` without data, for a layer that no data reached, and for an accumulator too small for a layer.
+    """
+    if init not in ("search", "ep", "none"):
+        raise ValueError(f"init must be search, ep or none, not {init!r}")
+    layers = quant_layers(model)
+    if not layers:
+        raise ValueError("this model has no quantized layer; call prepare_ first")
+    quantizers = _activation_quantizers(model)
+    powers = {name: _Power() for name in layers}
+    hooks = [layer.register_forward_pre_hook(powers[name]) for name, layer in layers.items()]
+    for quantizer in quantizers:
+        quantizer.observing = True
+    try:
+        if _run(model, batches) == 0:
+            raise ValueError("calibration needs at least one batch")
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for quantizer in quantizers:
+            quantizer.observing = False
+    for name, layer in layers.items():
+        if powers[name].count == 0:
+            raise ValueError(f"{name}: no calibration data reached this layer")
+    for quantizer in quantizers:
+        quantizer.calibrate()
+    for name, layer in layers.items():
+        layer.bind()
+        with torch.no_grad():
+            rows = layer.rows.split(layer.weight)
+            importance = layer.rows.split(_per_tap(layer, powers[name].mean()))
+            layer.weight.copy_(layer.rows.merge(layer.weight_quant.initialise(rows, importance, init)))
+
+
+class _Power:
+    """A forward hook that averages x_i^2 for every input channel i of a layer."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        x = x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.movedim(1, -1).reshape(-1, x.shape[1])
+        self.total = self.total + x.double().square().sum(0)
+        self.count += len(x)
+
+    def mean(self) -> Tensor:
+        assert isinstance(self.total, Tensor)
+        power = self.total / self.count
+        # An input channel that is always 0 must not make its weights free.
+        return power.clamp(min=float(power.mean()) * 1e-3 + 1e-12)
+
+
+def _per_tap(layer: QuantLayer, power: Tensor) -> Tensor:
+    """Input power [in_channels] -> the shape of the weight."""
+    weight = layer.weight
+    power = power.to(weight.dtype)
+    groups = getattr(layer, "groups", 1)
+    trailing = (1,) * (weight.dim() - 2)
+    if getattr(layer, "transposed", False):
+        return power.reshape(-1, 1, *trailing).expand_as(weight)
+    per_group = power.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+    return per_group.reshape(weight.shape[0], weight.shape[1], *trailing).expand_as(weight)
+
+
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Recompute the running statistics of every batch-norm from data, with the integers that will be deployed.
+
+    batches: as for `calibrate`. Other layers stay in evaluation mode. Does nothing for a model without batch-norm.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average over all batches
+    try:
+        if _run(model, batches, training=norms) == 0:
+            raise ValueError("re-estimating batch-norm needs at least one batch")
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def penalty(model: nn.Module, strength: float = 1e-3) -> Tensor:
+    """The regulariser to add to the loss, a scalar: strength * sum max(t - T, 0) over A2Q layers (A2Q+, section 2.3).
+
+    0 for methods that need none.
+    """
+    terms = [term for layer in quant_layers(model).values() if (term := layer.weight_quant.penalty()) is not None]
+    if not terms:
+        return next(model.parameters()).new_zeros(())
+    return strength * torch.stack(terms).sum()
+
+
+def _run(model: nn.Module, batches: Iterable[Any], training: Iterable[nn.Module] = ()) -> int:
+    """Run the model over the batches without gradients, in evaluation mode but for `training`; returns how many."""
+    device = next(model.parameters()).device
+    count = 0
+    with evaluating(model), torch.no_grad():
+        for module in training:
+            module.train()
+        for batch in batches:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(inputs.to(device))
+            count += 1
+    return count
+

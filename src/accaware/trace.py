@@ -1,0 +1,127 @@
+"""One run over a sample: which layers read the same tensor, and what else in the network accumulates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from accaware.layers import QuantIdentity
+
+__all__ = ["Other", "Trace", "evaluating", "trace"]
+
+_PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "bmm", "mm", "einsum", "addmm", "baddbmm"}
+_PRODUCTS |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "bilinear"}
+_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+_SUMS = {"mean", "sum", "cumsum"}
+_ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__"}
+
+
+@dataclass(frozen=True)
+class Other:
+    """An accumulating operation that is not a quantized layer. `terms`: how many values one output sums, if known.
+
+    `source`: the layer or stream whose quantized tensor it reads, if it reads one.
+    """
+
+    name: str
+    kind: str
+    terms: int | None
+    source: str | None
+
+
+@dataclass
+class Trace:
+    """`sources`: layer -> a name for the tensor it reads, the same for layers that read the same one."""
+
+    sources: dict[str, str] = field(default_factory=dict)
+    others: list[Other] = field(default_factory=list)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every torch function; those of a target module are its own business, not an `Other`."""
+
+    def __init__(self, targets: Mapping[str, nn.Module], result: Trace) -> None:
+        super().__init__()
+        self.targets, self.result = targets, result
+        self.path: list[str] = []
+        self.inside = 0
+        self.origin: dict[int, str] = {}  # id of a tensor -> name
+        self.streams: dict[int, str] = {}  # id of the output of a QuantIdentity -> its name
+        self.alive: list[Tensor] = []  # ids must not be used again
+        self.calls: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        kind = getattr(func, "__name__", "")
+        if not self.inside and isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
+            terms = self._terms(kind, args, out)
+            if terms is not False:
+                self.inside += 1  # what reading the sizes of tensors calls is not the model's
+                where = ".".join(filter(None, [self.path[-1] if self.path else "", kind.strip("_")]))
+                source = next((self.streams[id(a)] for a in args if id(a) in self.streams), None)
+                self.result.others.append(Other(where, kind.strip("_"), terms, source))
+                self.inside -= 1
+        return out
+
+    def _terms(self, kind: str, args: tuple[Any, ...], out: Tensor) -> int | None | bool:
+        if kind in _POOLS or kind in _SUMS:
+            return args[0].numel() // max(1, out.numel()) if "adaptive" in kind or kind in _SUMS else None
+        if kind in _PRODUCTS:
+            return None
+        if kind in _ADDS and len(args) > 1 and isinstance(args[1], Tensor) and out.is_floating_point():
+            return 2 if out.dim() > 1 else False
+        return False
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.path.append(name)
+        if name in self.targets:
+            self.inside += 1
+            x = args[0]
+            self.alive.append(x)
+            self.calls[name] = self.calls.get(name, 0) + 1
+            source = self.streams.get(id(x)) or self.origin.setdefault(id(x), name)
+            # A layer that runs twice reads several tensors: its quantizer is its own.
+            self.result.sources[name] = source if self.calls[name] == 1 else name
+
+    def leave(self, name: str, module: nn.Module, out: Any) -> None:
+        self.path.pop()
+        if name in self.targets:
+            self.inside -= 1
+            if isinstance(module, QuantIdentity):
+                self.alive.append(out)
+                self.streams[id(out)] = self.result.sources[name]
+
+
+def trace(model: nn.Module, targets: Mapping[str, nn.Module], sample: Tensor | tuple[Any, ...]) -> Trace:
+    """Run `model` once over `sample` without gradients, in evaluation mode, and report what reads what."""
+    result = Trace()
+    watch = _Watch(targets, result)
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda m, args, n=name: watch.enter(n, m, args)))
+        hooks.append(module.register_forward_hook(lambda m, args, out, n=name: watch.leave(n, m, out)))
+    try:
+        with evaluating(model), torch.no_grad(), watch:
+            model(*sample) if isinstance(sample, tuple) else model(sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
