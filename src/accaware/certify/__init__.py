@@ -1,0 +1,1 @@
+"""Certificates: proofs and refutations that integer layers fit their accumulators."""

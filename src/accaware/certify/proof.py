@@ -1,0 +1,194 @@
+"""The proof: the verdict on one accumulating operation, and the numbers that it rests on.
+
+A proof is interval arithmetic on integers: `prove` compares the exact worst case of every row (`accaware.bounds`) with
+the register. A refutation is an input that overflows. Neither sees anything but the integer layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import le
+from typing import Literal, get_args
+
+from accaware.bounds import Side, bits_needed, witness, worst_case
+from accaware.formats import Accumulator, IntFormat
+from accaware.integer.layer import IntegerLayer
+
+Verdict = Literal["proven", "refuted", "unproven", "outside"]
+Register = Literal["inner", "outer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """An input that overflows: codes [K] for output `row`, whose exact sum `value` does not fit the `register`.
+
+    "inner" is the accumulator (of one of the tiles, where there are tiles), "outer" the one that tiles spill to.
+    """
+
+    register: Register
+    row: int
+    inputs: tuple[int, ...]
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a register of `bits` bits is asked to hold: lo and hi of every row [R]."""
+
+    lo: tuple[int, ...]
+    hi: tuple[int, ...]
+    bits: int
+
+    @property
+    def bits_needed(self) -> int:
+        """The width that the worst row needs."""
+        return bits_needed(min(self.lo), max(self.hi))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the register is that wide."""
+        return self.bits_needed <= self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One accumulating operation and its verdict.
+
+    "proven": no input, in any order of a register's products, takes a running sum out of `target`. "refuted":
+    `witness` does. "unproven": neither is shown, because of `reason`. "outside": not part of the request; the width
+    that it needs is in `bits_needed` (None: unknown, `note` says why).
+
+    lo, hi: per row, the range of every running sum, start value included (of the worst tile, where there are tiles);
+    outer_lo, outer_hi: per row, the range of the sum of all tiles. preload: start values, row by row, tile by tile.
+    zero_channels: rows of zeros. repaired: rows that the exact check had to repair. Raises `ValueError` for a verdict
+    that the numbers beside it contradict.
+    """
+
+    name: str
+    kind: str
+    verdict: Verdict
+    bits_needed: int | None = None
+    target: Accumulator | None = None
+    codes: IntFormat | None = None
+    fan_in: int = 0
+    method: str = ""
+    preload: tuple[int, ...] = ()
+    lo: tuple[int, ...] = ()
+    hi: tuple[int, ...] = ()
+    outer_lo: tuple[int, ...] = ()
+    outer_hi: tuple[int, ...] = ()
+    sparsity: float = 0.0
+    zero_channels: int = 0
+    repaired: int = 0
+    note: str = ""
+    reason: str = ""
+    witness: Witness | None = None
+
+    def __post_init__(self) -> None:
+        rule = next((rule for rule, kept in self._rules() if not kept), None)
+        if rule:
+            raise ValueError(f"operation {self.name!r} contradicts itself: {rule}")
+
+    def _rules(self) -> Iterable[tuple[str, bool]]:
+        sums, found = self.sums(), self.witness
+        yield f"verdict {self.verdict!r} is not one of {get_args(Verdict)}", self.verdict in get_args(Verdict)
+        yield "a sparsity lies in [0, 1]", 0 <= self.sparsity <= 1
+        yield "a target and codes come together", (self.target is None) == (self.codes is None)
+        for s in sums:
+            yield "every row has one lo <= hi", len(s.lo) == len(s.hi) == len(self.lo) > 0 and all(map(le, s.lo, s.hi))
+        if sums:
+            yield "bits_needed is that of its worst row", self.bits_needed == sums[0].bits_needed
+        yield "proven sums fit", self.verdict != "proven" or (bool(sums) and all(s.fits for s in sums))
+        yield "'unproven' comes with a reason, and only that", (self.verdict == "unproven") == bool(self.reason)
+        yield "'refuted' comes with a witness, and only that", (self.verdict == "refuted") == (found is not None)
+        if found:
+            yield "a witness is an input of one of its rows", bool(sums) and found.row in range(len(self.lo))
+            yield "a witness has one code for each tap", len(found.inputs) == self.fan_in
+            s = sums[0 if found.register == "inner" else -1]
+            yield "a witness attains a sum of its row", s.lo[found.row] <= found.value <= s.hi[found.row]
+            yield "a witness overflows", not Sums((found.value,), (found.value,), s.bits).fits
+
+    def sums(self) -> list[Sums]:
+        """Of the accumulator and, with tiles, of the outer register; nothing for an operation without integers."""
+        if self.target is None:
+            return []
+        inner = Sums(self.lo, self.hi, self.target.bits)
+        outer = Sums(self.outer_lo, self.outer_hi, self.target.outer_bits)
+        return [inner] if self.target.tile is None else [inner, outer]
+
+    @property
+    def row_bits(self) -> tuple[int, ...]:
+        """The accumulator width that every row needs."""
+        return tuple(map(bits_needed, self.lo, self.hi))
+
+    @property
+    def utilisation(self) -> float | None:
+        """The largest share of its side of the accumulator that a row can reach; above 1 it does not fit."""
+        if self.target is None:
+            return None
+        return max(max(self.hi) / self.target.hi, min(self.lo) / self.target.lo)
+
+
+def prove(layer: IntegerLayer) -> Operation:
+    """The verdict on one integer layer: for every input, in every order of its products, with taps padded or not."""
+    inner, *outer = sums = _sums(layer, layer.codes.with_zero())
+    verdict: Verdict = "outside"
+    reason, found = "", None
+    if layer.inside:
+        fit = all(s.fits for s in sums)
+        found = None if fit else _overflow(layer)
+        verdict = "proven" if fit else "refuted" if found else "unproven"
+    if verdict == "unproven":
+        reason = f"whole sums fit, but codes in [{layer.codes.lo}, {layer.codes.hi}] lack 0, and parts of a sum may not"
+    return Operation(
+        name=layer.name,
+        kind=layer.kind,
+        verdict=verdict,
+        bits_needed=inner.bits_needed,
+        target=layer.accumulator,
+        codes=layer.codes,
+        fan_in=layer.fan_in,
+        method=layer.method,
+        preload=tuple(layer.preload.ravel().tolist()),
+        lo=inner.lo,
+        hi=inner.hi,
+        outer_lo=outer[0].lo if outer else (),
+        outer_hi=outer[0].hi if outer else (),
+        sparsity=float((layer.rows == 0).mean()),
+        zero_channels=int((layer.rows == 0).all(axis=1).sum()),
+        repaired=int(layer.repaired),
+        note=layer.note,
+        reason=reason,
+        witness=found,
+    )
+
+
+def outside(name: str, kind: str, bits: int | None, note: str) -> Operation:
+    """An operation without integer rows (pooling, an addition, a float layer), with the width it needs where known."""
+    return Operation(name, kind, "outside", bits_needed=bits, note=note)
+
+
+def _sums(layer: IntegerLayer, codes: IntFormat) -> list[Sums]:
+    """Per row, what the accumulator (in its worst tile) and, with tiles, the outer register can come to hold."""
+    register = layer.accumulator
+    lo, hi = worst_case(layer.rows, codes, layer.starts, register.tile or layer.fan_in)
+    sums = [Sums(tuple(lo.min(axis=1)), tuple(hi.max(axis=1)), register.bits)]
+    if register.tile is not None:
+        lo, hi = worst_case(layer.rows, codes)
+        sums.append(Sums(tuple(lo), tuple(hi), register.outer_bits))
+    return sums
+
+
+def _overflow(layer: IntegerLayer) -> Witness | None:
+    """An input that overflows, from the row that leaves its register by most; None where every finished sum fits."""
+    registers: tuple[Register, Register] = ("inner", "outer")
+    for register, s in zip(registers, _sums(layer, layer.codes), strict=False):
+        limit = 2 ** (s.bits - 1)
+        excess = [max(hi - limit + 1, -limit - lo) for lo, hi in zip(s.lo, s.hi, strict=True)]
+        row = excess.index(max(excess))
+        if excess[row] > 0:
+            side: Side = "hi" if s.hi[row] >= limit else "lo"
+            inputs = witness(layer.rows[row], layer.codes, side)
+            return Witness(register, row, tuple(inputs.tolist()), s.hi[row] if side == "hi" else s.lo[row])
+    return None
