@@ -173,7 +173,8 @@ def _per_tap(layer: QuantLayer, power: Tensor) -> Tensor:
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Recompute the running statistics of every batch-norm from data, with the integers that will be deployed.
 
-    batches: as for `calibrate`. Other layers stay in evaluation mode. Does nothing for a model without batch-norm.
+    batches: as for `calibrate`, but augmented as in training: batch-norm averaged over such images, and the statistics
+    of plain ones shift every channel. Other layers stay in evaluation mode. Does nothing for a model without batch-norm.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:

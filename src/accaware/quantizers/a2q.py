@@ -64,7 +64,9 @@ class A2QQuantizer(WeightQuantizer):
         mean = self._mean(v)
         centred = self._taps(v - mean)
         norm = torch.exp2(self.t.to(v.dtype)) / torch.exp2(self.d.to(v.dtype))
-        divisor = (centred.abs().sum(-1, keepdim=True) / norm.clamp(max=self.l1_budget)).clamp(min=_TINY)
+        # The sum of magnitudes that Brevitas takes, so that equal parameters give equal integers at exact ties too.
+        length = torch.linalg.vector_norm(centred, 1, dim=-1, keepdim=True)
+        divisor = (length / norm.clamp(max=self.l1_budget)).clamp(min=_TINY)
         return self._taps(v / divisor - mean / divisor)
 
     def _mean(self, v: Tensor) -> Tensor:
