@@ -1,0 +1,232 @@
+"""The command line: `accaware train`, `accaware ptq`. Heavy modules load inside the commands: --help is fast."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accaware.experiments.settings import Settings
+
+app = typer.Typer(
+    name="accaware",
+    help="Integer neural networks whose dot products provably fit a narrow accumulator.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+#: typer brings its own copy of click or uses the installed one; either way this is its class of usage errors
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+_Option = typer.Option
+DATA, QUANT, TRAIN, RUN = "Data and model", "Quantization", "Training", "Run"
+
+Data = Annotated[str, _Option(help="cifar10 or folder (train/CLASS/*, test/CLASS/*).", rich_help_panel=DATA)]
+DataDir = Annotated[
+    str | None, _Option(help="Folder of the data; without it, cifar10 comes from the hub.", rich_help_panel=DATA)
+]
+ImageSize = Annotated[int, _Option(help="Side that images of a folder are cropped to.", rich_help_panel=DATA)]
+Normalize = Annotated[str, _Option(help="Mean and deviation of the pixels: imagenet or cifar10.", rich_help_panel=DATA)]
+ValSize = Annotated[
+    int, _Option(help="Training rows split off and evaluated instead of the test set.", rich_help_panel=DATA)
+]
+LimitTrain = Annotated[int | None, _Option(help="Use only the first rows of the training set.", rich_help_panel=DATA)]
+Model = Annotated[
+    str, _Option(help="resnet20, resnet32, resnet44, resnet56, or package.module:factory.", rich_help_panel=DATA)
+]
+Checkpoint = Annotated[
+    str | None, _Option(help="Float weights: safetensors, or a PyTorch state dict.", rich_help_panel=DATA)
+]
+Method = Annotated[str, _Option(help="projected, a2q+, a2q or baseline.", rich_help_panel=QUANT)]
+WeightBits = Annotated[int, _Option(help="Bits of the integer weights, 2-8.", rich_help_panel=QUANT)]
+ActBits = Annotated[int, _Option(help="Bits of the activation codes, 1-8.", rich_help_panel=QUANT)]
+AccBits = Annotated[
+    list[str], _Option(help="Bits of the accumulator, 2-32; PATTERN=BITS for some layers.", rich_help_panel=QUANT)
+]
+Preload = Annotated[str, _Option(help="Start value of the accumulator: none or free.", rich_help_panel=QUANT)]
+Tile = Annotated[
+    int | None, _Option(help="Products per inner sum before it spills; none: all of them.", rich_help_panel=QUANT)
+]
+OuterBits = Annotated[int, _Option(help="Bits of the accumulator that tiles spill to.", rich_help_panel=QUANT)]
+Overflow = Annotated[str, _Option(help="What the register does: wrap or saturate.", rich_help_panel=QUANT)]
+Keep = Annotated[
+    list[str] | None,
+    _Option(
+        help="PATTERN=8 or PATTERN=float: layers outside the request (default: first and last of a built-in model).",
+        rich_help_panel=QUANT,
+    ),
+]
+Init = Annotated[str, _Option(help="First scales: search, ep or none.", rich_help_panel=QUANT)]
+Calib = Annotated[int, _Option(help="Training images for calibration.", rich_help_panel=QUANT)]
+Algorithm = Annotated[str, _Option(help="projection.", rich_help_panel=QUANT)]
+Epochs = Annotated[float, _Option(help="Passes over the training set; fractions are fine.", rich_help_panel=TRAIN)]
+Lr = Annotated[float, _Option(help="Peak learning rate (warm-up, then cosine).", rich_help_panel=TRAIN)]
+BatchSize = Annotated[int, _Option(help="Images per step, over all devices together.", rich_help_panel=TRAIN)]
+WeightDecay = Annotated[float, _Option(help="Of weights only.", rich_help_panel=TRAIN)]
+Warmup = Annotated[float, _Option(help="Share of the steps that warm up.", rich_help_panel=TRAIN)]
+ScaleLr = Annotated[float, _Option(help="Learning rate of quantizers relative to --lr.", rich_help_panel=TRAIN)]
+Distill = Annotated[float, _Option(help="Weight of the distance to the float network's output.", rich_help_panel=TRAIN)]
+Precision = Annotated[str, _Option(help="Lightning's precision, such as bf16-mixed.", rich_help_panel=TRAIN)]
+Seed = Annotated[int, _Option(help="Of everything random.", rich_help_panel=RUN)]
+Device = Annotated[str, _Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=RUN)]
+Devices = Annotated[int, _Option(help="Processes per node (DDP).", rich_help_panel=RUN)]
+NumNodes = Annotated[int, _Option(help="Nodes (DDP).", rich_help_panel=RUN)]
+CheckpointEvery = Annotated[int, _Option(help="Steps between checkpoints.", rich_help_panel=RUN)]
+Resume = Annotated[bool, _Option("--resume", help="Go on with the run in --out.", rich_help_panel=RUN)]
+Out = Annotated[str, _Option(help="Run folder.", rich_help_panel=RUN)]
+
+_D = Settings()
+
+
+@app.callback()
+def _root() -> None:
+    """Integer neural networks whose dot products provably fit a narrow accumulator."""
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    out: Out,
+    data: Data = _D.data,
+    data_dir: DataDir = _D.data_dir,
+    image_size: ImageSize = _D.image_size,
+    normalize: Normalize = _D.normalize,
+    val_size: ValSize = _D.val_size,
+    limit_train: LimitTrain = _D.limit_train,
+    model: Model = _D.model,
+    checkpoint: Checkpoint = _D.checkpoint,
+    method: Method = _D.method,
+    weight_bits: WeightBits = _D.weight_bits,
+    act_bits: ActBits = _D.act_bits,
+    acc_bits: AccBits = list(_D.acc_bits),  # noqa: B006 -- typer copies it
+    preload: Preload = _D.preload,
+    tile: Tile = _D.tile,
+    outer_bits: OuterBits = _D.outer_bits,
+    overflow: Overflow = _D.overflow,
+    keep: Keep = None,
+    init: Init = _D.init,
+    calib: Calib = _D.calib,
+    epochs: Epochs = _D.epochs,
+    lr: Lr = _D.lr,
+    batch_size: BatchSize = _D.batch_size,
+    weight_decay: WeightDecay = _D.weight_decay,
+    warmup: Warmup = _D.warmup,
+    scale_lr: ScaleLr = _D.scale_lr,
+    distill: Distill = _D.distill,
+    precision: Precision = _D.precision,
+    seed: Seed = _D.seed,
+    device: Device = _D.device,
+    devices: Devices = _D.devices,
+    num_nodes: NumNodes = _D.num_nodes,
+    checkpoint_every: CheckpointEvery = _D.checkpoint_every,
+    resume: Resume = False,
+) -> None:
+    """Train an integer network that fits the accumulator, and prove it."""
+    values = _values(context)
+    settings = Settings(command="train", **values)
+    from rich.console import Console
+
+    from accaware.experiments import job
+
+    if resume:
+        job.resume(Path(out), {name: values[name] for name in values if _stated(context, name)}, Console())
+    else:
+        job.train(settings, Console())
+
+
+@app.command()
+def ptq(
+    context: typer.Context,
+    out: Out,
+    data: Data = _D.data,
+    data_dir: DataDir = _D.data_dir,
+    image_size: ImageSize = _D.image_size,
+    normalize: Normalize = _D.normalize,
+    val_size: ValSize = _D.val_size,
+    limit_train: LimitTrain = _D.limit_train,
+    model: Model = _D.model,
+    checkpoint: Checkpoint = _D.checkpoint,
+    method: Method = _D.method,
+    weight_bits: WeightBits = _D.weight_bits,
+    act_bits: ActBits = _D.act_bits,
+    acc_bits: AccBits = list(_D.acc_bits),  # noqa: B006 -- typer copies it
+    preload: Preload = _D.preload,
+    tile: Tile = _D.tile,
+    outer_bits: OuterBits = _D.outer_bits,
+    overflow: Overflow = _D.overflow,
+    keep: Keep = None,
+    init: Init = _D.init,
+    calib: Calib = _D.calib,
+    algorithm: Algorithm = _D.algorithm,
+    seed: Seed = _D.seed,
+    device: Device = _D.device,
+) -> None:
+    """Quantize a trained network without training, and prove that it fits the accumulator."""
+    settings = Settings(command="ptq", **_values(context))
+    from rich.console import Console
+
+    from accaware.experiments import job
+
+    job.ptq(settings, Console())
+
+
+def _values(context: typer.Context) -> dict[str, Any]:
+    """The options as `Settings` names them."""
+    values = {name: value for name, value in context.params.items() if name != "resume"}
+    return {n: tuple(v or ()) if n in ("acc_bits", "keep") else v for n, v in values.items()}
+
+
+def _stated(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+# errors --------------------------------------------------------------------------------------------------------------
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code; whatever the user can put right becomes one line on stderr.
+
+    Set ACCAWARE_TRACEBACK to see where such an error comes from.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        words = sys.argv[1:] if arguments is None else arguments
+        done = app(args=words or ["--help"], standalone_mode=False, prog_name="accaware")
+        return done if isinstance(done, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", 130)
+    except _UsageError as error:
+        return _say(error.format_message(), 2)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "accaware":
+            raise
+        return _say(f"{error.name} is not installed; pip install 'accaware[all]' brings everything", 2)
+    except OSError as error:
+        return _say(_os_error(error), 2)
+    except (ValueError, TypeError) as error:
+        if os.environ.get("ACCAWARE_TRACEBACK"):
+            raise
+        return _say(str(error), 2)
+
+
+def _os_error(error: OSError) -> str:
+    if error.filename is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
+
+
+def _say(message: str, code: int) -> int:
+    print("accaware:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if category is UserWarning:  # ours; other people's deprecations are not the user's business
+        _say(f"warning: {message}", 0)

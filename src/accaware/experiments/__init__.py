@@ -1,0 +1,1 @@
+"""Experiments: data, models, training and run folders. Needs the extra `train`."""

@@ -1,0 +1,250 @@
+"""The main job: from a float network and data to an integer network, its certificate and its accuracy."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import accaware as aa
+from accaware.certify.certificate import Certificate
+from accaware.certify.model import certify
+from accaware.experiments import models, runs
+from accaware.experiments.batches import EvalBatches, TrainBatches, calibration_images
+from accaware.experiments.checkpoints import load_weights
+from accaware.experiments.data import NORMALIZATIONS, Dataset, Images, load
+from accaware.experiments.settings import Settings, check_same
+from accaware.experiments.training import Network, Plan, fit, top1
+
+EVAL_BATCH = 500
+CALIB_BATCH = 250
+BATCHNORM_IMAGES = 4000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A calibrated model, and what is needed to train and judge it.
+
+    `reference`: the float model, None where it has no trained weights. `calibration`: training images without
+    augmentation. `started`: in seconds of the monotonic clock.
+    """
+
+    settings: Settings
+    device: torch.device
+    data: Dataset
+    calibration: EvalBatches
+    model: nn.Module
+    reference: nn.Module | None
+    started: float
+
+    def top1(self, model: nn.Module) -> float:
+        """Percent on the test (or validation) images."""
+        batches = EvalBatches(self.data.evaluation, EVAL_BATCH, self.calibration.normalization)
+        return top1(model.to(self.device), batches, self.device)
+
+
+def train(settings: Settings, console: Console) -> dict[str, Any]:
+    """`accaware train`: a new run. Returns what `result.json` holds.
+
+    Raises `ValueError` for whatever the user can put right, before anything is written.
+    """
+    run = runs.RunFolder(Path(settings.out))
+    if first_process():
+        run.require_new()
+    return _train(run, settings, console, resume=False)
+
+
+def resume(folder: Path, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """`accaware train --resume`: go on with the run in `folder`; `given` are the options that were stated again.
+
+    A run that is complete is left alone. Raises `ValueError` where `given` contradicts the run.
+    """
+    run = runs.RunFolder(folder)
+    settings = run.settings()
+    check_same(settings, given, folder)
+    if run.complete:
+        console.print(f"{folder} is complete", highlight=False, markup=False)
+        return run.result()
+    moved = {name: value for name, value in given.items() if getattr(settings, name) != value}
+    return _train(run, replace(settings, **moved), console, resume=True)
+
+
+def _train(run: runs.RunFolder, settings: Settings, console: Console, resume: bool) -> dict[str, Any]:
+    job = _prepare(settings)
+    float_top1 = _float_top1(job, console)
+    if first_process() and not resume:
+        run.create(settings)
+    last = run.last_checkpoint() if resume else None
+    if last is None:  # start from statistics that fit the integers
+        aa.reestimate_batchnorm(job.model, _as_in_training(job.data.train, settings))
+    teacher = job.reference if settings.distill else None
+    network = Network(job.model, job.data.train, job.calibration.normalization, settings, job.started, teacher)
+    trainer = fit(network, run, settings, console, last)
+    if not trainer.is_global_zero:
+        return {}
+    return _finish(job, run, float_top1, network.elapsed(), console, Plan.of(settings, len(job.data.train)))
+
+
+def ptq(settings: Settings, console: Console) -> dict[str, Any]:
+    """`accaware ptq`: the calibrated network as it is, without training."""
+    run = runs.RunFolder(Path(settings.out))
+    run.require_new()
+    if settings.checkpoint is None and settings.model in models.BUILT_IN:
+        raise ValueError("ptq needs the weights of a trained model: --checkpoint")
+    job = _prepare(settings)
+    float_top1 = _float_top1(job, console)
+    run.create(settings)
+    return _finish(job, run, float_top1, time.monotonic() - job.started, console)
+
+
+def load_run(folder: Path) -> nn.Module:
+    """The prepared model of a complete run, in evaluation mode on the CPU, from its folder alone."""
+    run = runs.RunFolder(folder)
+    settings, state = run.settings(), run.model_state()
+    model = models.build(settings.model, _classes(run))
+    _quantize(model, settings, torch.zeros(1, 3, settings.image_size, settings.image_size))
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _classes(run: runs.RunFolder) -> int:
+    return int(run.result()["classes"])
+
+
+def _prepare(settings: Settings) -> Job:
+    started = time.monotonic()
+    device = find_device(settings.device)
+    folder = None if settings.data_dir is None else Path(settings.data_dir)
+    if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
+        raise ValueError(f"checkpoint {settings.checkpoint} does not exist")  # before minutes of reading data
+    data = load(
+        settings.data,
+        folder,
+        val_size=settings.val_size,
+        image_size=settings.image_size,
+        limit_train=settings.limit_train,
+    )
+    if settings.command == "train" and settings.batch_size > len(data.train):
+        raise ValueError(f"batch_size must lie in [1, {len(data.train)}] (the training set), not {settings.batch_size}")
+    torch.manual_seed(settings.seed)
+    model = models.build(settings.model, data.classes)
+    if settings.checkpoint is not None:
+        load_weights(model, Path(settings.checkpoint))
+    trained = settings.checkpoint is not None or settings.model not in models.BUILT_IN
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    reference = copy.deepcopy(model).eval() if trained else None
+    images = calibration_images(data.train, settings.calib, settings.seed)
+    calibration = EvalBatches(images, CALIB_BATCH, NORMALIZATIONS[settings.normalize])
+    sample, _ = next(iter(calibration))
+    _quantize(model, settings, sample[:2].to(device))
+    aa.calibrate(model, calibration, init=settings.init)
+    return Job(settings, device, data, calibration, model, reference, started)
+
+
+def _as_in_training(images: Images, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Augmented images: batch-norm averaged over such, and the statistics of plain ones differ."""
+    size = min(CALIB_BATCH, len(images))
+    batches = TrainBatches(images, size, settings.seed, NORMALIZATIONS[settings.normalize])
+    return batches.stream(0, min(BATCHNORM_IMAGES, len(images)) // size)
+
+
+def _quantize(model: nn.Module, settings: Settings, sample: torch.Tensor) -> None:
+    keep = settings.keep_patterns
+    if not keep and settings.model in models.BUILT_IN:
+        keep = dict(models.KEEP_FIRST_AND_LAST)
+    aa.prepare_(model, settings.spec, sample, keep=keep, acc_bits=settings.acc_patterns)
+
+
+def _float_top1(job: Job, console: Console) -> float | None:
+    if job.reference is None or not first_process():
+        return None
+    value = job.top1(job.reference)
+    console.print(f"float top-1 {value:.2f} % ({job.data.split})", highlight=False)
+    return value
+
+
+def _finish(
+    job: Job, run: runs.RunFolder, float_top1: float | None, seconds: float, console: Console, plan: Plan | None = None
+) -> dict[str, Any]:
+    """Judge the model and write it, its certificate and, last, its result."""
+    settings, before = job.settings, time.monotonic()
+    model = job.model.to(job.device).eval()
+    # The running averages of training lag behind the weights, and remember the last few batches only.
+    aa.reestimate_batchnorm(model, _as_in_training(job.data.train, settings))
+    accuracy = job.top1(model)
+    certificate = certify(model)
+    spec = settings.spec
+    result = {
+        "metric": "top1",
+        "top1": round(accuracy, 4),
+        "float_top1": None if float_top1 is None else round(float_top1, 4),
+        "split": job.data.split,
+        "holds": bool(certificate.holds),
+        "method": spec.method,
+        "weight_bits": spec.weight_bits,
+        "act_bits": spec.act_bits,
+        "acc_bits": spec.acc_bits,
+        "bits_needed": certificate.bits_needed,
+        "sparsity": _sparsity(certificate),
+        "zero_channels": sum(op.zero_channels for op in certificate.inside),
+        "epochs": 0 if plan is None else settings.epochs,
+        "steps": 0 if plan is None else plan.steps,
+        "seed": settings.seed,
+        "seconds": round(seconds + time.monotonic() - before, 1),
+        "model": settings.model,
+        "classes": job.data.classes,
+        "data": settings.data,
+        "hardware": runs.hardware(job.device),
+        "versions": runs.versions(),
+        "commit": runs.commit(),
+    }
+    run.write_model(model, {"accaware": aa.__version__, "command": settings.command_line()})
+    certificate.save(run.path / "certificate.json")
+    run.write_result(result)
+    _report(result, run, console)
+    return result
+
+
+def _sparsity(certificate: Certificate) -> float | None:
+    """Share of integer weights that are 0, over all layers of the request."""
+    weights = [op.fan_in * len(op.lo) for op in certificate.inside]
+    if not sum(weights):
+        return None
+    zeros = sum(op.sparsity * count for op, count in zip(certificate.inside, weights, strict=True))
+    return round(zeros / sum(weights), 6)
+
+
+def _report(result: dict[str, Any], run: runs.RunFolder, console: Console) -> None:
+    proof = "proven" if result["holds"] else "NOT proven"
+    console.print(
+        f"top-1 {result['top1']:.2f} % ({result['split']}), {proof} to fit {result['acc_bits']} bits "
+        f"(worst layer needs {result['bits_needed']}), {result['seconds']:.0f} s: {run.path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`: "auto" takes a GPU where there is one. Raises `ValueError` where it does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes: the only one, or the first of a distributed run."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

@@ -1,0 +1,182 @@
+"""Settings of a job: every option of `accaware train` and `ptq`, as `config.yaml` keeps them. No torch here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from accaware.formats import Method, Overflow, Preload, Spec
+
+Init = Literal["search", "ep", "none"]
+
+#: May differ when a run is resumed: where it computes, not what.
+FREE_ON_RESUME = {"device", "devices", "num_nodes", "checkpoint_every", "data_dir", "checkpoint", "out"}
+TRAIN_ONLY = {
+    *("epochs", "lr", "batch_size", "weight_decay", "warmup", "scale_lr", "distill"),
+    *("devices", "num_nodes", "precision", "checkpoint_every"),
+}
+PTQ_ONLY = {"algorithm"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do, from data to run folder. Lengths are in images, epochs or steps; bits are bits.
+
+    `acc_bits`: "12", or "PATTERN=32" for the layers whose name matches. `keep`: "PATTERN=8" or "PATTERN=float";
+    empty means first and last layer of a built-in model at 8 bits. Raises `ValueError` on construction where a value
+    is out of its range.
+    """
+
+    command: str = "train"
+    data: str = "cifar10"
+    data_dir: str | None = None
+    image_size: int = 32
+    normalize: str = "imagenet"
+    val_size: int = 0
+    limit_train: int | None = None
+    model: str = "resnet20"
+    checkpoint: str | None = None
+    method: Method = "projected"
+    weight_bits: int = 4
+    act_bits: int = 4
+    acc_bits: tuple[str, ...] = ("16",)
+    preload: Preload = "none"
+    tile: int | None = None
+    outer_bits: int = 32
+    overflow: Overflow = "wrap"
+    keep: tuple[str, ...] = ()
+    init: Init = "search"
+    calib: int = 1000
+    algorithm: str = "projection"
+    epochs: float = 1.0
+    lr: float = 0.02
+    batch_size: int = 128
+    weight_decay: float = 1e-5
+    warmup: float = 0.05
+    scale_lr: float = 1.0
+    distill: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "32-true"
+    checkpoint_every: int = 100
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("normalize", self.normalize, ("imagenet", "cifar10"))
+        _one_of("init", self.init, get_args(Init))
+        _one_of("algorithm", self.algorithm, ("projection",))
+        for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("val_size", "weight_decay", "distill", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("epochs", "lr", "scale_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must lie in [0, 1], not {self.warmup}")
+        self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
+
+    @property
+    def spec(self) -> Spec:
+        """The request for all layers that no pattern singles out."""
+        plain = [text for text in self.acc_bits if "=" not in text] or ["16"]
+        if len(plain) > 1:
+            raise ValueError(f"acc_bits is given twice without a layer pattern: {', '.join(plain)}")
+        return Spec(
+            weight_bits=self.weight_bits,
+            act_bits=self.act_bits,
+            acc_bits=_integer("acc_bits", plain[0]),
+            method=self.method,
+            preload=self.preload,
+            tile=self.tile,
+            outer_bits=self.outer_bits,
+            overflow=self.overflow,
+        )
+
+    @property
+    def acc_patterns(self) -> dict[str, int]:
+        """Accumulator bits by layer pattern."""
+        pairs = _pairs("acc_bits", (text for text in self.acc_bits if "=" in text))
+        widths = {pattern: _integer("acc_bits", value) for pattern, value in pairs.items()}
+        for bits in widths.values():
+            Spec(acc_bits=bits)  # validates it
+        return widths
+
+    @property
+    def keep_patterns(self) -> dict[str, int | str]:
+        """8 or "float" by layer pattern."""
+        pairs = _pairs("keep", self.keep)
+        if wrong := [f"{pattern}={value}" for pattern, value in pairs.items() if value not in ("8", "float")]:
+            raise ValueError(f"keep must be PATTERN=8 or PATTERN=float, not {wrong[0]!r}")
+        return {pattern: 8 if value == "8" else value for pattern, value in pairs.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, for `config.yaml`: those that the command has."""
+        other = PTQ_ONLY if self.command == "train" else TRAIN_ONLY
+        values = {name: value for name, value in asdict(self).items() if name not in other}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """The inverse of `to_dict`; a name that is no setting is an error."""
+        names = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise ValueError(f"unknown setting {unknown[0]!r}")
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**plain)
+
+    def command_line(self) -> str:
+        """The command that repeats this run: its options that are not the default."""
+        words = ["accaware", self.command]
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, value in self.to_dict().items():
+            if name != "command" and _plain(value) != _plain(defaults[name]):
+                for item in value if isinstance(value, list) else [value]:
+                    words += [f"--{name.replace('_', '-')}", f"{item}"]
+        return shlex.join(words)
+
+
+def check_same(kept: Settings, given: Mapping[str, Any], folder: Path) -> None:
+    """Raise `ValueError` where an option `given` on the command line contradicts the run that is resumed."""
+    for name, value in given.items():
+        if name not in FREE_ON_RESUME and _plain(value) != _plain(getattr(kept, name)):
+            option = name.replace("_", "-")
+            raise ValueError(f"run folder {folder} was made with --{option} {getattr(kept, name)}, not {value}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not low <= value < float("inf"):
+        raise ValueError(f"{name} must be at least {low}, not {value}")
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} must be an integer, not {text!r}") from None
+
+
+def _pairs(name: str, texts: Iterable[str]) -> dict[str, str]:
+    """ "PATTERN=VALUE" by pattern; the pattern is everything before the last "="."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        pattern, separator, value = text.rpartition("=")
+        if not separator or not pattern:
+            raise ValueError(f"{name} must be PATTERN=VALUE, not {text!r}")
+        if pairs.setdefault(pattern, value) != value:
+            raise ValueError(f"{name} says both {pairs[pattern]} and {value} for {pattern!r}")
+    return pairs

@@ -1,0 +1,83 @@
+"""Settings: patterns, ranges, and the way through a configuration file."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from accaware.experiments.settings import FREE_ON_RESUME, PTQ_ONLY, TRAIN_ONLY, Settings, check_same
+
+CHANGED = Settings(
+    acc_bits=("12", "conv*=14"), keep=("conv1=8", "head=float"), lr=1e-5, data_dir="a b", tile=16, out="x"
+)
+
+
+def test_patterns_become_dictionaries() -> None:
+    assert CHANGED.spec.acc_bits == 12
+    assert CHANGED.acc_patterns == {"conv*": 14}
+    assert CHANGED.keep_patterns == {"conv1": 8, "head": "float"}
+    assert Settings(acc_bits=("a=b=9",)).acc_patterns == {"a=b": 9}
+    assert Settings(acc_bits=("conv1=9",)).spec.acc_bits == 16
+
+
+@pytest.mark.parametrize("settings", [Settings(), CHANGED, Settings(command="ptq", out="y")])
+def test_yaml_keeps_everything(settings: Settings) -> None:
+    assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(settings.to_dict()))) == settings
+
+
+def test_the_command_line_names_what_is_not_the_default() -> None:
+    words = shlex.split(CHANGED.command_line())
+    assert words[:2] == ["accaware", "train"]
+    pairs = list(zip(words[2::2], words[3::2], strict=True))
+    assert pairs == [
+        *(("--data-dir", "a b"), ("--acc-bits", "12"), ("--acc-bits", "conv*=14"), ("--tile", "16")),
+        *(("--keep", "conv1=8"), ("--keep", "head=float"), ("--lr", "1e-05"), ("--out", "x")),
+    ]
+
+
+def test_the_lists_of_names_are_names() -> None:
+    assert {f.name for f in fields(Settings)} >= FREE_ON_RESUME | TRAIN_ONLY | PTQ_ONLY
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_bits": 1}, r"weight_bits must lie in \[2, 8\], not 1"),
+        ({"act_bits": 9}, r"act_bits must lie in \[1, 8\], not 9"),
+        ({"acc_bits": ("33",)}, r"acc_bits must lie in \[2, 32\], not 33"),
+        ({"acc_bits": ("conv=1",)}, r"acc_bits must lie in \[2, 32\], not 1"),
+        ({"acc_bits": ("x",)}, "acc_bits must be an integer, not 'x'"),
+        ({"acc_bits": ("12", "13")}, "acc_bits is given twice without a layer pattern: 12, 13"),
+        ({"acc_bits": ("=12",)}, "acc_bits must be PATTERN=VALUE, not '=12'"),
+        ({"acc_bits": ("a=12", "a=13")}, "acc_bits says both 12 and 13 for 'a'"),
+        ({"keep": ("conv1",)}, "keep must be PATTERN=VALUE, not 'conv1'"),
+        ({"keep": ("conv1=7.5",)}, "keep must be PATTERN=8 or PATTERN=float, not 'conv1=7.5'"),
+        ({"method": "magic"}, "method must be one of projected, .*, not 'magic'"),
+        ({"init": "magic"}, "init must be one of search, ep, none, not 'magic'"),
+        ({"normalize": "no"}, "normalize must be one of imagenet, cifar10, not 'no'"),
+        ({"algorithm": "no"}, "algorithm must be one of projection, not 'no'"),
+        ({"epochs": 0.0}, "epochs must be a positive number, not 0.0"),
+        ({"lr": float("nan")}, "lr must be a positive number, not nan"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"warmup": 1.5}, r"warmup must lie in \[0, 1\], not 1.5"),
+    ],
+)
+def test_values_out_of_range_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.from_dict(change)
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown setting 'learning_rate'"):
+        Settings.from_dict({"learning_rate": 1})
+
+
+def test_only_where_a_run_computes_may_change() -> None:
+    check_same(CHANGED, {"lr": 1e-5, "acc_bits": ("12", "conv*=14"), "device": "cuda", "devices": 4}, Path("x"))
+    with pytest.raises(ValueError, match=r"run folder x was made with --batch-size 128, not 64"):
+        check_same(CHANGED, {"lr": 1e-5, "batch_size": 64}, Path("x"))
