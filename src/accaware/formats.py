@@ -119,7 +119,7 @@ class Accumulator:
     @property
     def lo(self) -> int:
         """-2^(bits-1)."""
-        return -(2 ** (self.bits - 1))
+        return -int(2 ** (self.bits - 1))
 
     @property
     def hi(self) -> int:

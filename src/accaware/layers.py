@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat, Spec
 from accaware.quantizers import ActivationQuantizer, weight_quantizer
-from accaware.rows import Rows, convolution_rows, transposed_rows
+from accaware.rows import Rows, convolution_rows, residues_of_taps, transposed_rows
 
 __all__ = [
     "LAYERS",
@@ -105,25 +105,25 @@ class QuantLayer(nn.Module):
 
     def deployed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Integers to deploy [C, parts, T] int64, scale [C, 1, 1] float64, and which parts were repaired [C, parts]."""
-        tensors = [self.weight, *self.weight_quant.parameters()]
-        key = [(t.data_ptr(), t._version, t.device) for t in tensors]
-        if self._cache is None or self._cache[0] != key:
+        # Compared by value: fused optimizers and `.data` change a tensor without changing its version.
+        tensors = [t.detach() for t in (self.weight, *self.weight_quant.parameters())]
+        if self._cache is None or not all(map(_same, tensors, self._cache[0])):
             with torch.no_grad():
-                self._cache = (key, self.weight_quant.deploy(self.rows.split(self.weight.detach())))
+                self._cache = ([t.clone() for t in tensors], self.weight_quant.deploy(self.rows.split(tensors[0])))
         return self._cache[1]
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         self.bind()
         x = self.input_quant(x)
         if self.wrap_bits is not None and self.weight_quant.codes is not None:
-            return self._wrapped(x, *args)
-        return self.operate(x, self.quantized_weight(), self.bias, *args)
+            return self._wrapped(x, *args, **options)
+        return self.operate(x, self.quantized_weight(), self.bias, *args, **options)
 
-    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **options: Any) -> Tensor:
         """The float layer's own computation."""
         raise NotImplementedError
 
-    def _wrapped(self, x: Tensor, *args: Any) -> Tensor:
+    def _wrapped(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The forward with a two's complement register of `wrap_bits` bits that really wraps around.
 
         Exact: float64 holds every sum below 2^53. A free preload changes nothing here, since it is subtracted again
@@ -133,18 +133,21 @@ class QuantLayer(nn.Module):
         if self.rows.tiles > 1:
             raise ValueError(f"{self.name}: wrap-around of tiles is not emulated here; use the integer layers")
         q, scale, _ = self.deployed()
-        total = self.operate(self.input_quant.to_codes(x), self.rows.merge(q).double(), None, *args)
+        total = self.operate(self.input_quant.to_codes(x), self.rows.merge(q).double(), None, *args, **options)
         half = 2.0 ** (self.wrap_bits - 1)
-        start = self._start(q).reshape(-1)
-        shape = (-1,) + (1,) * (total.dim() - 2) if not isinstance(self, nn.Linear) else (-1,)
-        shift = start.to(total).reshape(shape)
-        total = torch.remainder(total + shift + half, 2 * half) - half - shift
-        out = total * scale.reshape(shape) * self.input_quant.scale
-        out = out if self.bias is None else out + self.bias.reshape(shape)
+        start = self._starts(q, total.shape).to(total)
+        total = torch.remainder(total + start + half, 2 * half) - half - start
+        out = total * self._along_channels(scale) * self.input_quant.scale
+        out = out if self.bias is None else out + self._along_channels(self.bias)
         return out.to(self.weight.dtype)
 
-    def _start(self, q: Tensor) -> Tensor:
-        return self.preload(q)[:, :1] if self.rows.parts == 1 else q.new_zeros(q.shape[0], 1)
+    def _along_channels(self, values: Tensor) -> Tensor:
+        """One value for each output channel, in a shape that broadcasts to the output."""
+        return values.reshape(-1, *(1,) * (self.weight.dim() - 2))
+
+    def _starts(self, q: Tensor, shape: torch.Size) -> Tensor:
+        """The start value of every output, broadcasts to an output of `shape`; for layers without tiles."""
+        return self._along_channels(self.preload(q))
 
     def preload(self, q: Tensor) -> Tensor:
         """The start value of each part, [C, parts] int64; zeros unless the preload is free."""
@@ -168,16 +171,20 @@ class QuantLayer(nn.Module):
         self._cache = None
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+
+
 class QuantLinear(QuantLayer, nn.Linear):
     """x [..., in_features] -> [..., out_features]; weight [out_features, in_features]."""
 
-    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
 class _QuantConv(QuantLayer):
-    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        return cast(Tensor, self._conv_forward(x, weight, bias))  # type: ignore[operator]
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, weight, bias))
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -200,9 +207,18 @@ class _QuantConvTranspose(QuantLayer):
         spec = self.spec
         return transposed_rows(layer.weight.shape, layer.groups, layer.stride, layer.dilation, spec.order, spec.tile)
 
-    def operate(  # type: ignore[override]
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
-    ) -> Tensor:
+    def _starts(self, q: Tensor, shape: torch.Size) -> Tensor:
+        """Output o sums the phase of taps whose residue is (o + padding) mod stride; where there is none it sums 0."""
+        layer = cast(nn.ConvTranspose2d, self)
+        residues = residues_of_taps(layer.kernel_size, layer.stride, layer.dilation)
+        starts = self.preload(q).reshape(-1, *map(len, residues))
+        for dim, (known, stride, padding) in enumerate(zip(residues, layer.stride, layer.padding, strict=True)):
+            phase = [(o + int(padding)) % stride for o in range(shape[dim - len(residues)])]
+            index = [known.index(r) if r in known else 0 for r in phase]
+            starts = starts.index_select(dim + 1, torch.tensor(index, device=q.device))
+        return starts
+
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         s = cast(Any, self)
         spatial = len(s.kernel_size)
         extra = s._output_padding(x, output_size, s.stride, s.padding, s.kernel_size, spatial, s.dilation)

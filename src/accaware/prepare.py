@@ -28,13 +28,15 @@ def prepare_(
     sample: Tensor | tuple[Any, ...] | None = None,
     keep: Mapping[str, int | str] | None = None,
     acc_bits: Mapping[str, int] | None = None,
+    signed: Mapping[str, bool] | None = None,
 ) -> nn.Module:
     """Turn every `nn.Linear` and (transposed) convolution of `model` into its quantized form, in place.
 
     sample: an input of the model (or the tuple of its arguments). One run over it finds which layers read the same
     tensor, so that they share one activation quantizer, and which other operations accumulate. keep: layers that stay
     out of the request, by name pattern (`fnmatch`): bits (2-8; added up in 32 bits) or "float". acc_bits: accumulator
-    widths by name pattern; the more specific pattern wins, then the later one.
+    widths by name pattern; the more specific pattern wins, then the later one. signed: whether the input codes of the
+    layers that match are signed; calibration finds out for the others.
 
     Returns the model. Raises `ValueError` for a pattern that matches nothing, a model without such layers, or one that
     is prepared already. Call `calibrate` next.
@@ -47,20 +49,22 @@ def prepare_(
         raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {_known()}")
     kept = _match(keep or {}, [*targets, *streams], "keep")
     widths = _match(acc_bits or {}, list(targets), "acc_bits")
-    for pattern, bits in (keep or {}).items():
-        if bits != "float" and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
-            raise ValueError(f"keep {pattern!r} must be 2-8 bits or 'float', not {bits!r}")
+    signs = _match(signed or {}, [*targets, *streams], "signed")
+    for pattern, value in (keep or {}).items():
+        if value != "float" and (isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8):
+            raise ValueError(f"keep {pattern!r} must be 2-8 bits or 'float', not {value!r}")
     seen = Trace() if sample is None else trace(model, {**targets, **streams}, sample)
     quantizers: dict[tuple[Any, int], ActivationQuantizer] = {}
     for name, module in {**streams, **targets}.items():
-        if kept.get(name) == "float":
+        bits = kept.get(name)
+        if isinstance(bits, str):  # "float"
             continue
-        inside = name not in kept
-        layer_spec = replace(spec, acc_bits=widths.get(name, spec.acc_bits)) if inside else kept_spec(spec, kept[name])
+        inside = bits is None
+        layer_spec = replace(spec, acc_bits=widths.get(name, spec.acc_bits)) if bits is None else kept_spec(spec, bits)
         source = seen.sources.get(name, name)
         key = (source, layer_spec.act_bits)
         if key not in quantizers:
-            quantizers[key] = ActivationQuantizer(layer_spec.act_bits)
+            quantizers[key] = ActivationQuantizer(layer_spec.act_bits, signs.get(name))
         if isinstance(module, QuantIdentity):
             module.input_quant = quantizers[key]
         else:

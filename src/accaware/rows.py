@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accaware.formats import Order
 
-__all__ = ["Rows", "convolution_rows", "transposed_rows"]
+__all__ = ["Rows", "convolution_rows", "residues_of_taps", "transposed_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def transposed_rows(
     kernel = shape[2:]
     positions = torch.arange(torch.Size(shape).numel()).reshape(groups, shape[0] // groups, shape[1], *kernel)
     positions = positions.movedim(2, 1).flatten(0, 1)  # [out, in/groups, *kernel]
-    residues = [sorted({k * d % s for k in range(size)}) for size, s, d in zip(kernel, stride, dilation, strict=True)]
+    residues = residues_of_taps(kernel, stride, dilation)
     phases = []
     for phase in itertools.product(*residues):
         taps = positions
@@ -118,6 +118,11 @@ def transposed_rows(
     fan_in = max(p.shape[1] for p in phases)
     index = torch.stack([torch.nn.functional.pad(p, (0, fan_in - p.shape[1]), value=-1) for p in phases], dim=1)
     return Rows(shape, index, index.shape[0], len(phases), fan_in, _inner(tile, fan_in))
+
+
+def residues_of_taps(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[list[int]]:
+    """Along every dimension the values that (k * dilation) mod stride takes, ascending: one for each phase."""
+    return [sorted({k * d % s for k in range(size)}) for size, s, d in zip(kernel, stride, dilation, strict=True)]
 
 
 def _inner(tile: int | None, fan_in: int) -> int | None:

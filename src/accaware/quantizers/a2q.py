@@ -72,7 +72,8 @@ class A2QQuantizer(WeightQuantizer):
     def _mean(self, v: Tensor) -> Tensor:
         if not self.centred:
             return v.new_zeros(())
-        count = v.shape[-1] if self.valid is None else self.valid.sum(-1, keepdim=True)
+        # A tile may hold no tap at all: the last one of a short phase.
+        count = v.shape[-1] if self.valid is None else self.valid.sum(-1, keepdim=True).clamp(min=1)
         return v.sum(-1, keepdim=True) / count
 
     def _taps(self, v: Tensor) -> Tensor:

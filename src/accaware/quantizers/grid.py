@@ -64,4 +64,4 @@ def fake_quantize(
     """
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    return _FakeQuantize.apply(x, scale, form, grad_scale, codes)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, form, grad_scale, codes)  # type: ignore[no-any-return, no-untyped-call]

@@ -47,4 +47,4 @@ class ProjectedQuantizer(BaselineQuantizer):
 
     def _codes(self, u: Tensor) -> Tensor:
         assert self.budget is not None
-        return project_integers(u, self.budget, self.form.hi).to(u.dtype).to(u.dtype)
+        return project_integers(u, self.budget, self.form.hi).to(u.dtype)
