@@ -209,12 +209,13 @@ class _QuantConvTranspose(QuantLayer):
 
     def _starts(self, q: Tensor, shape: torch.Size) -> Tensor:
         """Output o sums the phase of taps whose residue is (o + padding) mod stride; where there is none it sums 0."""
-        layer = cast(nn.ConvTranspose2d, self)
+        layer = cast(Any, self)
         residues = residues_of_taps(layer.kernel_size, layer.stride, layer.dilation)
         starts = self.preload(q).reshape(-1, *map(len, residues))
         for dim, (known, stride, padding) in enumerate(zip(residues, layer.stride, layer.padding, strict=True)):
-            phase = [(o + int(padding)) % stride for o in range(shape[dim - len(residues)])]
-            index = [known.index(r) if r in known else 0 for r in phase]
+            phase = [(o + padding) % stride for o in range(shape[dim - len(residues)])]
+            index = [known.index(r) if r in known else len(known) for r in phase]
+            starts = torch.cat([starts, torch.zeros_like(starts.narrow(dim + 1, 0, 1))], dim + 1)
             starts = starts.index_select(dim + 1, torch.tensor(index, device=q.device))
         return starts
 
