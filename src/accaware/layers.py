@@ -263,5 +263,7 @@ def kept_spec(spec: Spec, bits: int) -> Spec:
 def codes_of(layer: QuantLayer) -> IntFormat:
     """The input codes of a calibrated layer. Raises `ValueError` before calibration."""
     if layer.input_quant.codes is None:
-        raise ValueError(f"{layer.name}: not calibrated; call calibrate(model, batches) or load a calibrated checkpoint")
+        raise ValueError(
+            f"{layer.name}: not calibrated; call calibrate(model, batches) or load a calibrated checkpoint"
+        )
     return layer.input_quant.codes

@@ -53,6 +53,7 @@ def prepare_(
     for pattern, value in (keep or {}).items():
         if value != "float" and (isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8):
             raise ValueError(f"keep {pattern!r} must be 2-8 bits or 'float', not {value!r}")
+    _leave_fused_kernels(model)
     seen = Trace() if sample is None else trace(model, {**targets, **streams}, sample)
     quantizers: dict[tuple[Any, int], ActivationQuantizer] = {}
     for name, module in {**streams, **targets}.items():
@@ -74,6 +75,15 @@ def prepare_(
             module.quantize_(name, layer_spec, quantizers[key].to(device), inside)
     model._accaware_trace = seen  # type: ignore[assignment]
     return model
+
+
+def _leave_fused_kernels(model: nn.Module) -> None:
+    """In evaluation mode torch's transformer encoders hand their layers' weights to one kernel, past the layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # read by nothing but the choice of that kernel
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _known() -> str:
@@ -120,7 +130,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
     powers = {name: _Power() for name in layers}
     hooks = [layer.register_forward_pre_hook(powers[name]) for name, layer in layers.items()]
     for quantizer in quantizers:
-        quantizer.observing = True
+        quantizer.observe()
     try:
         if _run(model, batches) == 0:
             raise ValueError("calibration needs at least one batch")
@@ -129,7 +139,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
             hook.remove()
         for quantizer in quantizers:
             quantizer.observing = False
-    for name, layer in layers.items():
+    for name in layers:
         if powers[name].count == 0:
             raise ValueError(f"{name}: no calibration data reached this layer")
     for quantizer in quantizers:
@@ -178,7 +188,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Recompute the running statistics of every batch-norm from data, with the integers that will be deployed.
 
     batches: as for `calibrate`, but augmented as in training: batch-norm averaged over such images, and the statistics
-    of plain ones shift every channel. Other layers stay in evaluation mode. Does nothing for a model without batch-norm.
+    of plain ones shift every channel. Other layers stay in evaluation mode. Does nothing without batch-norm.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
@@ -218,4 +228,3 @@ def _run(model: nn.Module, batches: Iterable[Any], training: Iterable[nn.Module]
             model(inputs.to(device))
             count += 1
     return count
-

@@ -1,4 +1,4 @@
-"""Euclidean projections onto the sets that an accumulator can hold; pure functions, batched over all leading dimensions.
+"""Euclidean projections onto the sets that an accumulator can hold; pure functions, batched over leading dimensions.
 
 Real-valued: the l1 ball (Duchi et al. 2008; A2Q+, EP-init) and its zero-centred slice. Integer-valued: the closest
 integers under the exact budget of `accaware.bounds.Budget`, which is optimal (see `project_integers`).
@@ -77,7 +77,7 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
 
     Raising |q_i| from k - 1 to k lowers the error by h_i (2 (|u_i| - k) + 1), which falls with k: the problem is
     separable and convex, so keeping the units with the largest positive gains is optimal. They are found by bisection
-    on the gain of the last unit (the multiplier of the budget); units of equal gain are granted in the order of the row.
+    on the gain of the last unit (the multiplier of the budget); units of equal gain are granted in order of the row.
 
     >>> project_integers(torch.tensor([2.2, -1.4, 0.6]), Budget(up=1, down=1, hi=None, lo=None, l1=3), qmax=7)
     tensor([ 2., -1.,  0.])
@@ -93,7 +93,7 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
 
 
 def holds(q: Tensor, budget: Budget) -> Tensor:
-    """Whether each row of integers is within the budget, decided in Python integers. q: [..., K]; returns bool [...]."""
+    """Whether each row of integers is within the budget, decided in Python integers. q: [..., K] -> bool [...]."""
     p, n = q.clamp(min=0).sum(-1).long(), (-q).clamp(min=0).sum(-1).long()
     safe = budget.allows(p.cpu().numpy(), n.cpu().numpy())
     return torch.as_tensor(np.asarray(safe, dtype=bool), device=q.device)
@@ -164,7 +164,8 @@ def _best_split(u: Tensor, budget: Budget, top: Tensor, h: Tensor | None) -> tup
     With F(p) and G(n) the sums of the p and n largest gains of the two sides, both concave, every p is tried with the
     largest n that the budget then allows.
     """
-    assert budget.hi is not None and budget.lo is not None
+    assert budget.hi is not None
+    assert budget.lo is not None
     most = min(budget.hi // max(budget.up, 1), budget.lo // max(budget.down, 1), u.shape[-1] * int(top.max()))
     p = torch.arange(most + 1, device=u.device)
     n = torch.minimum((budget.hi - budget.up * p) // budget.down, (budget.lo - budget.down * p) // budget.up)

@@ -17,6 +17,17 @@ __all__ = ["Other", "Trace", "evaluating", "trace"]
 
 _PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "bmm", "mm", "einsum", "addmm", "baddbmm"}
 _PRODUCTS |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "bilinear"}
+_PRODUCTS |= {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+_PRODUCTS |= {
+    "multi_head_attention_forward",
+    "_native_multi_head_attention",
+    "mv",
+    "dot",
+    "inner",
+    "tensordot",
+    "addmv",
+    "addbmm",
+}
 _POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
 _SUMS = {"mean", "sum", "cumsum"}
 _ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__"}
@@ -55,25 +66,33 @@ class _Watch(TorchFunctionMode):
         self.streams: dict[int, str] = {}  # id of the output of a QuantIdentity -> its name
         self.alive: list[Tensor] = []  # ids must not be used again
         self.calls: dict[str, int] = {}
+        self.names: dict[str, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         kind = getattr(func, "__name__", "")
-        if not self.inside and isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
+        if not self.inside:
+            self.inside += 1  # what reading the sizes of tensors calls is not the model's
             terms = self._terms(kind, args, out)
             if terms is not False:
-                self.inside += 1  # what reading the sizes of tensors calls is not the model's
-                where = ".".join(filter(None, [self.path[-1] if self.path else "", kind.strip("_")]))
                 source = next((self.streams[id(a)] for a in args if id(a) in self.streams), None)
-                self.result.others.append(Other(where, kind.strip("_"), terms, source))
-                self.inside -= 1
+                self.result.others.append(Other(self._name(kind.strip("_")), kind.strip("_"), terms, source))
+            self.inside -= 1
         return out
 
-    def _terms(self, kind: str, args: tuple[Any, ...], out: Tensor) -> int | None | bool:
-        if kind in _POOLS or kind in _SUMS:
-            return args[0].numel() // max(1, out.numel()) if "adaptive" in kind or kind in _SUMS else None
+    def _name(self, kind: str) -> str:
+        """The module that runs the operation and its kind, numbered from the second on: pool.mean, add, add_2."""
+        name = ".".join(filter(None, [self.path[-1] if self.path else "", kind]))
+        self.names[name] = self.names.get(name, 0) + 1
+        return name if self.names[name] == 1 else f"{name}_{self.names[name]}"
+
+    def _terms(self, kind: str, args: tuple[Any, ...], out: Any) -> int | bool | None:
         if kind in _PRODUCTS:
             return None
+        if not (isinstance(out, Tensor) and args and isinstance(args[0], Tensor)):
+            return False
+        if kind in _POOLS or kind in _SUMS:
+            return args[0].numel() // max(1, out.numel()) if "adaptive" in kind or kind in _SUMS else None
         if kind in _ADDS and len(args) > 1 and isinstance(args[1], Tensor) and out.is_floating_point():
             return 2 if out.dim() > 1 else False
         return False

@@ -71,6 +71,13 @@ def test_an_epoch_visits_every_row_once_and_each_epoch_differs() -> None:
     assert first.tolist() != second.tolist()
 
 
+def test_each_epoch_and_step_augments_in_its_own_way() -> None:
+    one = random_images(1, 3, size=16).pixels.expand(48, -1, -1, -1)
+    batches = TrainBatches(Images(one, torch.arange(48)), 8, 0, NORM)
+    seen = {x.numpy().tobytes() for x, _ in batches.stream(0, 18)}
+    assert len(seen) == 18
+
+
 def test_the_processes_share_the_batch_out() -> None:
     images = numbered(50)
     whole = TrainBatches(images, 8, 0, NORM).batch(3)

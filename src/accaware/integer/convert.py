@@ -27,7 +27,7 @@ def integer_layers(model: nn.Module) -> list[IntegerLayer]:
 
 
 def integer_layer(layer: QuantLayer) -> IntegerLayer:
-    """One layer's record; rows run over output channels and, within one, over the phases of a transposed convolution."""
+    """One layer's record; rows run over output channels and, within one, over the phases of a transposed one."""
     layer.bind()
     codes = codes_of(layer)
     q, scale, repaired = layer.deployed()

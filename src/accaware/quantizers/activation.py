@@ -43,6 +43,10 @@ class ActivationQuantizer(nn.Module):
             return x
         return fake_quantize(x, self.scale, self.codes, (x[0].numel() * self.codes.magnitude) ** -0.5)
 
+    def observe(self) -> None:
+        """From now on collect a sample of what passes, and forget what an earlier collection left."""
+        self.observing, self._seen, self._negative = True, [], False
+
     def _observe(self, x: Tensor) -> None:
         values = x.reshape(-1).float()
         self._negative |= bool((values < 0).any())
