@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from accaware import projections
 from accaware.bounds import Budget, budget
 from accaware.formats import Accumulator, IntFormat
 from accaware.projections import holds, project_integers, project_l1, project_l1_zero_centred
@@ -166,6 +167,25 @@ def test_a_given_preload_shifts_the_budget(codes, start):
     assert hi.max() <= 127
     assert lo.min() >= -128
     assert float(torch.maximum(hi, 1 - lo).max()) > 128 - codes.magnitude, "some row should come close to the end"
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_large_matrices_are_projected_in_blocks_of_rows(name, monkeypatch):
+    torch.manual_seed(0)
+    u, qmax, importance = 3 * torch.randn(2, 5, 20), torch.randint(3, 8, (5, 20)), torch.rand(2, 1, 20) + 0.1
+    whole = [project_integers(u, BUDGETS[name], 7), project_integers(u, BUDGETS[name], qmax, importance)]
+    monkeypatch.setattr(projections, "_BLOCK", 60)  # three rows of ten
+    sizes = []
+    inner = projections.project_integers
+
+    def counted(rows, *rest):
+        sizes.append(len(rows))
+        return inner(rows, *rest)
+
+    monkeypatch.setattr(projections, "project_integers", counted)
+    parts = [project_integers(u, BUDGETS[name], 7), project_integers(u, BUDGETS[name], qmax, importance)]
+    assert all(torch.equal(p, w) for p, w in zip(parts, whole, strict=True))
+    assert sizes == [3, 3, 3, 1, 3, 3, 3, 1]
 
 
 def test_large_rows_are_summed_exactly():

@@ -14,7 +14,9 @@ from accaware.bounds import Budget
 
 __all__ = ["holds", "project_integers", "project_l1", "project_l1_zero_centred"]
 
-_BLOCK = 1 << 23  # elements that the enumeration of coupled budgets sorts at once
+_BLOCK = 1 << 18  # elements of a matrix that are projected at once on a CPU: their temporaries stay in its cache
+_GAINS = 1 << 23  # gains that the enumeration of coupled budgets sorts at once
+_GUESSES = 8  # interpolated steps before plain bisection takes over
 
 
 def _simplex_threshold(v: Tensor, radius: Tensor) -> Tensor:
@@ -82,6 +84,8 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
     >>> project_integers(torch.tensor([2.2, -1.4, 0.6]), Budget(up=1, down=1, hi=None, lo=None, l1=3), qmax=7)
     tensor([ 2., -1.,  0.])
     """
+    if u.device.type == "cpu" and u.numel() > max(_BLOCK, u.shape[-1]):
+        return _in_blocks(u, budget, qmax, importance)
     if u.shape[-1] * float(qmax.max() if isinstance(qmax, Tensor) else qmax) >= 2**24:
         u = u.double()
     if budget.l1 is not None:
@@ -90,6 +94,20 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
     if positive is None or negative is None:
         return _project_coupled(u, budget, qmax, importance)
     return _fill(u.clamp(min=0), positive, qmax, importance) - _fill((-u).clamp(min=0), negative, qmax, importance)
+
+
+def _in_blocks(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) -> Tensor:
+    """`project_integers` a few rows at a time."""
+    rows = u.flatten(0, -2)
+    limits = qmax.expand_as(u).flatten(0, -2) if isinstance(qmax, Tensor) else None
+    weights = None if h is None else h.expand_as(u).flatten(0, -2)
+    step = max(1, _BLOCK // u.shape[-1])
+    done = []
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        top = qmax if limits is None else limits[part]
+        done.append(project_integers(rows[part], budget, top, None if weights is None else weights[part]))
+    return torch.cat(done).reshape(u.shape)
 
 
 def holds(q: Tensor, budget: Budget) -> Tensor:
@@ -111,19 +129,22 @@ def _fill(a: Tensor, limit: int | Tensor, qmax: int | Tensor, h: Tensor | None) 
         buffer.ceil_()
         return buffer.clamp_(min=0).clamp_(max=top) if top.ndim else buffer.clamp_(0, float(top))
 
-    free = units(torch.zeros((), dtype=a.dtype, device=a.device)).sum(-1, keepdim=True) <= room
-    if a.device.type == "cpu" and bool(free.all()):
+    wanted = units(torch.zeros((), dtype=a.dtype, device=a.device)).sum(-1, keepdim=True)
+    solved = wanted <= room
+    if a.device.type == "cpu" and bool(solved.all()):
         return buffer
-    low = torch.zeros_like(free, dtype=a.dtype)
-    weighted = a + 0.5 if h is None else (a + 0.5) * h
-    high = weighted.amax(-1, keepdim=True).masked_fill_(free, 0)
-    solved = free
-    for _ in range(32 if a.dtype == torch.float32 else 62):
-        middle = (low + high) / 2
+    low = torch.zeros_like(wanted)
+    high = (a + 0.5 if h is None else (a + 0.5) * h).amax(-1, keepdim=True).masked_fill_(solved, 0)
+    # Units too many at `low`, and units to spare at `high`, weigh the first guesses (regula falsi, Illinois variant:
+    # the end that stays counts half the next time, so that neither stays for long).
+    above, below = (wanted - room).clamp_(min=0), room.expand_as(wanted)
+    for step in range(_GUESSES + (32 if a.dtype == torch.float32 else 62)):
+        share = above / (above + below).clamp_(min=1) if step < _GUESSES else 0.5
+        middle = low + (high - low) * share
         used = units(middle).sum(-1, keepdim=True)
         fits = used <= room
-        high = torch.where(fits, middle, high)
-        low = torch.where(fits, low, middle)
+        high, below = torch.where(fits, middle, high), torch.where(fits, room - used, below / 2)
+        low, above = torch.where(fits, low, middle), torch.where(fits, above / 2, used - room)
         solved = solved | (used == room)
         # A row that spends its budget to the last unit is solved; asking would make a GPU wait.
         if a.device.type == "cpu" and bool(solved.all()):
@@ -145,7 +166,7 @@ def _project_coupled(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | 
     rows = u[broken]
     rows_top = top.expand_as(u)[broken] if top.ndim else top
     rows_h = None if h is None else h.expand_as(u)[broken]
-    step = max(1, _BLOCK // (u.shape[-1] * int(top.max())))
+    step = max(1, _GAINS // (u.shape[-1] * int(top.max())))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         part_h = None if rows_h is None else rows_h[part]
