@@ -1,0 +1,124 @@
+"""What one training step of ResNet20 costs, by quantizer, in turn in one process; Brevitas' A2Q+ beside ours.
+
+    python benchmarks/training_step.py [--rounds 15] [--batch-size 128] [--device cpu]
+
+A step is forward, cross-entropy (and penalty), backward and SGD, on random images; 4-bit weights and activations, first
+and last layer at 8 bits. `baseline` is the same step without a budget. The model of Brevitas has the same layers, each
+quantizing its own input; it has no quantizer on the residual stream itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timing import alternate, report
+from torch import Tensor, nn
+
+import accaware as aa
+from accaware.experiments.models import KEEP_FIRST_AND_LAST
+from accaware.experiments.models.resnet_cifar import resnet20
+
+SPECS = {
+    "baseline": aa.Spec(4, 4, 32, method="baseline"),
+    "projected, P = 12": aa.Spec(4, 4, 12),
+    "projected, P = 10": aa.Spec(4, 4, 10),
+    "projected, free preload, P = 10": aa.Spec(4, 4, 10, preload="free"),
+    "a2q+, P = 12": aa.Spec(4, 4, 12, method="a2q+"),
+    "a2q, P = 12": aa.Spec(4, 4, 12, method="a2q"),
+}
+
+
+def step(model: nn.Module, images: Tensor, labels: Tensor, penalty: Callable[[nn.Module], Tensor] | None) -> object:
+    """A function that makes one step."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+    model.train()
+
+    def run() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        if penalty is not None:
+            loss = loss + penalty(model)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return run
+
+
+def ours(network: nn.Module, spec: aa.Spec, images: Tensor) -> nn.Module:
+    """Prepared and calibrated in place."""
+    aa.prepare_(network, spec, sample=images[:2], keep=KEEP_FIRST_AND_LAST)
+    aa.calibrate(network, [images])
+    return network
+
+
+def brevitas(network: nn.Module, images: Tensor) -> nn.Module:
+    """The same network with Brevitas' layers, A2Q+ at P = 12."""
+    from brevitas import nn as qnn
+    from brevitas.inject.enum import ScalingImplType
+    from brevitas.quant import (
+        Int8AccumulatorAwareZeroCenterWeightQuant,
+        Int8ActPerTensorFloat,
+        Int8WeightPerTensorFloat,
+        Uint8ActPerTensorFloat,
+    )
+
+    for name, layer in list(network.named_modules()):
+        kept = name in KEEP_FIRST_AND_LAST
+        common = {"bias": layer.bias is not None} if isinstance(layer, nn.Conv2d | nn.Linear) else {}
+        if kept:
+            common |= {"weight_quant": Int8WeightPerTensorFloat, "input_quant": Int8ActPerTensorFloat}
+        else:
+            common |= {"weight_quant": Int8AccumulatorAwareZeroCenterWeightQuant, "weight_bit_width": 4}
+            common |= {"weight_accumulator_bit_width": 12, "input_quant": Uint8ActPerTensorFloat, "input_bit_width": 4}
+            common |= {"input_scaling_impl_type": ScalingImplType.PARAMETER_FROM_STATS}
+        if isinstance(layer, nn.Conv2d):
+            new = qnn.QuantConv2d(
+                layer.in_channels, layer.out_channels, 3, stride=layer.stride, padding=layer.padding, **common
+            )
+        elif isinstance(layer, nn.Linear):
+            new = qnn.QuantLinear(layer.in_features, layer.out_features, **common)
+        else:
+            continue
+        with torch.no_grad():
+            new.weight.copy_(layer.weight)
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, new)
+    return network
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    images = torch.randn(options.batch_size, 3, 32, 32, device=options.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (options.batch_size,), device=options.device)
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return resnet20().to(options.device, memory_format=torch.channels_last)
+
+    steps = {"float": step(network(), images, labels, None)}
+    for name, spec in SPECS.items():
+        steps[name] = step(ours(network(), spec, images), images, labels, aa.penalty)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            steps["Brevitas a2q+, P = 12"] = step(brevitas(network(), images), images, labels, None)
+        except ModuleNotFoundError as error:
+            print(f"without Brevitas: {error.name} is not installed")
+        seconds = alternate(steps, options.rounds)
+    report(f"One training step of ResNet20, batch {options.batch_size}", seconds, ["float", "baseline"])
+
+
+if __name__ == "__main__":
+    main()
