@@ -131,8 +131,9 @@ def test_a_disk_that_fills_up_while_training_loses_nothing(options: list[str]) -
     words = [sys.executable, "-m", "accaware", "train", *options, "--out", "run"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("accaware: run/")
-    assert done.stderr.count("\n") == 1
+    ours = [line for line in done.stderr.splitlines() if "font_manager" not in line]  # other libraries keep caches too
+    assert len(ours) == 1
+    assert ours[0].startswith("accaware: run/")
     assert not list(Path("run").rglob("*.ckpt*"))
     assert run(["train", "--resume", "--out", "run"]) == 0
 

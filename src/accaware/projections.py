@@ -41,8 +41,8 @@ def project_l1(v: Tensor, radius: Tensor | float) -> Tensor:
     v: [..., K] floating point; radius: positive, a number or [..., 1]. Returns a tensor like v.
     Raises `ValueError` for a radius that is not positive.
 
-    >>> project_l1(torch.tensor([3.0, -1.0]), 2.0)
-    tensor([2., 0.])
+    >>> project_l1(torch.tensor([3.0, -2.0]), 3.0)
+    tensor([ 2., -1.])
     """
     r = _radius(v, radius)
     size = v.abs()
@@ -81,8 +81,8 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
     separable and convex, so keeping the units with the largest positive gains is optimal. They are found by bisection
     on the gain of the last unit (the multiplier of the budget); units of equal gain are granted in order of the row.
 
-    >>> project_integers(torch.tensor([2.2, -1.4, 0.6]), Budget(up=1, down=1, hi=None, lo=None, l1=3), qmax=7)
-    tensor([ 2., -1.,  0.])
+    >>> project_integers(torch.tensor([2.6, -1.4, 0.9]), Budget(up=1, down=1, hi=None, lo=None, l1=4), qmax=7)
+    tensor([ 2., -1.,  1.])
     """
     if u.device.type == "cpu" and u.numel() > max(_BLOCK, u.shape[-1]):
         return _in_blocks(u, budget, qmax, importance)

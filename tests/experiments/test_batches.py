@@ -72,7 +72,7 @@ def test_an_epoch_visits_every_row_once_and_each_epoch_differs() -> None:
 
 
 def test_each_epoch_and_step_augments_in_its_own_way() -> None:
-    one = random_images(1, 3, size=16).pixels.expand(48, -1, -1, -1)
+    one = random_images(3, 3, size=16).pixels[:1].expand(48, -1, -1, -1)
     batches = TrainBatches(Images(one, torch.arange(48)), 8, 0, NORM)
     seen = {x.numpy().tobytes() for x, _ in batches.stream(0, 18)}
     assert len(seen) == 18
