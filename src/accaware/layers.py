@@ -137,7 +137,7 @@ class QuantLayer(nn.Module):
         half = 2.0 ** (self.wrap_bits - 1)
         start = self._starts(q, total.shape).to(total)
         total = torch.remainder(total + start + half, 2 * half) - half - start
-        out = total * self._along_channels(scale) * self.input_quant.scale
+        out = total * self._along_channels(scale) * self.input_quant.step()
         out = out if self.bias is None else out + self._along_channels(self.bias)
         return out.to(self.weight.dtype)
 

@@ -43,7 +43,7 @@ def integer_layer(layer: QuantLayer) -> IntegerLayer:
         accumulator=accumulator,
         preload=preload if accumulator.tile else preload[:, 0],
         scale=np.repeat(scale.reshape(-1).cpu().numpy(), rows.phases),
-        act_scale=float(layer.input_quant.scale.detach().double()),
+        act_scale=float(layer.input_quant.step().detach().double()),
         inside=layer.inside,
         method=layer.spec.method,
         repaired=int(repaired.sum()),

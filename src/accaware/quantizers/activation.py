@@ -14,6 +14,7 @@ __all__ = ["ActivationQuantizer"]
 
 _SAMPLE = 1 << 16  # values kept of each calibration batch
 _GRID = 100  # candidate scales
+_TINY = 1e-10
 
 
 class ActivationQuantizer(nn.Module):
@@ -41,7 +42,11 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.codes is None:
             return x
-        return fake_quantize(x, self.scale, self.codes, (x[0].numel() * self.codes.magnitude) ** -0.5)
+        return fake_quantize(x, self.step(), self.codes, (x[0].numel() * self.codes.magnitude) ** -0.5)
+
+    def step(self) -> Tensor:
+        """The scale, a positive scalar even where training went astray."""
+        return self.scale.clamp(min=_TINY)
 
     def observe(self) -> None:
         """From now on collect a sample of what passes, and forget what an earlier collection left."""
@@ -86,7 +91,7 @@ class ActivationQuantizer(nn.Module):
     def to_codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as float64."""
         assert self.codes is not None
-        return (x / self.scale).round().clamp(self.codes.lo, self.codes.hi).double()
+        return (x / self.step()).round().clamp(self.codes.lo, self.codes.hi).double()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "code_range")
