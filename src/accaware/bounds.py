@@ -12,6 +12,7 @@ weights, in int64, where that sum cannot reach 2^63.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -57,13 +58,20 @@ def masses(rows: ArrayLike, tile: int | None = None) -> tuple[Integers, Integers
     dtype = np.int64 if fan_in * largest(rows) < 2**63 else object
     starts = range(0, fan_in, tile or fan_in)
     p, n = np.empty((2, len(rows), len(starts)), dtype)
-    step = max(1, _BLOCK // fan_in)
-    for block in (slice(i, i + step) for i in range(0, len(rows), step)):
-        weights = rows[block].astype(dtype)
-        p[block] = np.add.reduceat(np.maximum(weights, 0), starts, axis=1)
-        n[block] = -np.add.reduceat(np.minimum(weights, 0), starts, axis=1)
+    for block in _blocks(rows):
+        p[block], n[block] = _masses(rows[block].astype(dtype), starts)
     shape = (len(rows), len(starts)) if tile else (len(rows),)
     return p.astype(object).reshape(shape), n.astype(object).reshape(shape)
+
+
+def _blocks(rows: Integers) -> Iterator[slice]:
+    step = max(1, _BLOCK // rows.shape[1])
+    return (slice(i, i + step) for i in range(0, len(rows), step))
+
+
+def _masses(weights: Integers, starts: Sequence[int]) -> tuple[Integers, Integers]:
+    positive = np.add.reduceat(np.maximum(weights, 0), starts, axis=1)
+    return positive, -np.add.reduceat(np.minimum(weights, 0), starts, axis=1)
 
 
 def worst_case(
@@ -83,6 +91,42 @@ def worst_case(
     if start.shape not in ((), p.shape):
         raise ValueError(f"preload must be one integer or have shape {list(p.shape)}, not {list(start.shape)}")
     return start + codes.lo * p - codes.hi * n, start + codes.hi * p - codes.lo * n
+
+
+def worst_tile(
+    rows: ArrayLike, codes: IntFormat, tile: int | None = None, preload: ArrayLike = 0, any_taps: bool = False
+) -> tuple[Integers, Integers]:
+    """The smallest and the largest sum that a tile of each row comes to, over all inputs and tiles; both attained.
+
+    rows: integers [R, K]; tile: products in one sum, None for all K; preload: integers that broadcast to [R, tiles].
+    any_taps: any `tile` taps may share a sum, rather than consecutive ones. Returns two arrays of Python integers [R].
+
+    >>> worst_tile([[3, 2, -2, 4]], IntFormat.unsigned(4), tile=2)
+    (array([-30], dtype=object), array([75], dtype=object))
+    >>> worst_tile([[3, 2, -2, 4]], IntFormat.unsigned(4), tile=2, any_taps=True)
+    (array([-30], dtype=object), array([105], dtype=object))
+    """
+    rows = np.atleast_2d(as_integers(rows))
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"rows must have shape [R, K] with K >= 1, not {list(rows.shape)}")
+    fan_in = rows.shape[1]
+    starts = range(0, fan_in, tile or fan_in)
+    begin = np.broadcast_to(as_integers(preload, "preload"), (len(rows), len(starts)))
+    reach = fan_in * largest(rows) * codes.magnitude + largest(begin)
+    dtype = np.int64 if reach < 2**62 else object
+    lo, hi = np.empty((2, len(rows)), dtype)
+    for block in _blocks(rows):
+        weights, start = rows[block].astype(dtype), begin[block].astype(dtype)
+        if any_taps and tile is not None and tile < fan_in:
+            ends = np.stack([weights * codes.lo, weights * codes.hi])
+            low = np.sort(ends.min(axis=0), axis=1)[:, :tile].sum(axis=1)
+            high = np.sort(ends.max(axis=0), axis=1)[:, -tile:].sum(axis=1)
+            lo[block], hi[block] = low + start.min(axis=1), high + start.max(axis=1)
+        else:
+            p, n = _masses(weights, starts)
+            lo[block] = (start + codes.lo * p - codes.hi * n).min(axis=1)
+            hi[block] = (start + codes.hi * p - codes.lo * n).max(axis=1)
+    return lo.astype(object), hi.astype(object)
 
 
 def witness(row: ArrayLike, codes: IntFormat, which: Side) -> Integers:

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 Method = Literal["projected", "a2q+", "a2q", "baseline"]
 Preload = Literal["none", "free"]
 Overflow = Literal["wrap", "saturate"]
-Order = Literal["chw", "hwc"]
+TapOrder = Literal["chw", "hwc"]
+Order = Literal[TapOrder, "any"]
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
@@ -92,7 +93,8 @@ class Accumulator:
 
     `preload`: "none" starts at 0, "free" lets each output start at the integer that serves it best; a given start value
     belongs to the integer layer. `tile`: after so many products the sum spills to a register of `outer_bits` bits
-    (None: one running sum over all taps). `order`: in which order the taps of a convolution are numbered.
+    (None: one running sum over all taps). `order`: in which order the taps of a convolution are numbered; "any" where
+    nobody knows which taps share a tile, so that every choice of them must fit.
 
     >>> Accumulator(12).hi
     2047
@@ -146,7 +148,7 @@ class Spec:
     tile: int | None = None
     outer_bits: int = 32
     overflow: Overflow = "wrap"
-    order: Order = "chw"
+    order: TapOrder = "chw"
     per_channel: bool = True
 
     def __post_init__(self) -> None:
@@ -154,6 +156,7 @@ class Spec:
         _integer("act_bits", self.act_bits, 1, 8)
         _integer("acc_bits", self.acc_bits, 2, 32)
         _one_of("method", self.method, Method)
+        _one_of("order", self.order, TapOrder)
         if self.preload == "free" and self.method != "projected":
             raise ValueError(f"preload 'free' needs method 'projected', not {self.method!r}")
         self.accumulator  # noqa: B018 -- validates the rest

@@ -54,7 +54,7 @@ def operation(name: str) -> Operation:
 def test_proven() -> None:
     op = operation("safe")
     assert (op.verdict, op.bits_needed, op.row_bits) == ("proven", 8, (8, 1))
-    assert (op.lo, op.hi, op.preload) == ((-120, 0), (120, 0), (0, 0))
+    assert (op.lo, op.hi, op.preload) == ((-120, 0), (120, 0), ())
     assert op.utilisation == 120 / 127
     assert (op.sparsity, op.zero_channels, op.repaired, op.fan_in) == (4 / 6, 1, 1, 3)
 

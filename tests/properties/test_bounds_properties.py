@@ -53,7 +53,8 @@ def extremes(row: Row, codes: IntFormat, preload: int = 0) -> tuple[int, int]:
 
 
 def exact_sums(layer: IntegerLayer, inputs: Any) -> list[list[int]]:
-    return [[dot(row, x) for row in layer.rows.tolist()] for x in inputs.tolist()]
+    (zero,) = layer.zero_points
+    return [[dot(row, x) for row in layer.rows.tolist()] for x in (inputs - zero).tolist()]
 
 
 @st.composite
@@ -66,19 +67,38 @@ def layers(draw: st.DrawFn) -> IntegerLayer:
     tile = draw(st.none() | st.integers(1, fan_in + 1))
     bits = draw(st.integers(3, 12))
     overflow = draw(st.sampled_from(["wrap", "saturate"]))
-    accumulator = Accumulator(bits, overflow, tile=tile, outer_bits=draw(st.integers(bits, 13)))
+    order = draw(st.sampled_from(["chw", "any"]))
+    accumulator = Accumulator(bits, overflow, tile=tile, outer_bits=draw(st.integers(bits, 13)), order=order)
     starts = draw(st.lists(st.integers(-60, 60), min_size=count * fan_in, max_size=count * fan_in))
     preload = np.array(starts).reshape(count, fan_in)[:, : -(-fan_in // (tile or fan_in))]
-    return IntegerLayer("fc", "Linear", rows, codes, accumulator, preload, np.ones(count), 1.0, True, "projected")
+    return IntegerLayer(
+        *("fc", "Linear", rows, codes, accumulator, preload, np.ones(count), 1.0, True, "projected"),
+        zero_points=draw(st.sampled_from([(0,), (0,), (2,), (-3,), (0, 3), (-2, 1)])),
+        raw=draw(st.booleans()),
+        weight_zero=np.array(draw(st.sampled_from([0, 0, 2, -3]))),
+        outer_start=np.array(draw(st.lists(st.integers(-60, 60), min_size=count, max_size=count))),
+    )
+
+
+def settled(draw: st.DrawFn, layer: IntegerLayer) -> IntegerLayer:
+    """The layer with one of the zero points that it allows."""
+    zero = draw(st.integers(min(layer.zero_points), max(layer.zero_points)))
+    # Also where the zero point is not among the codes of the layer: its padding is.
+    return replace(layer, zero_points=(zero,))
+
+
+def shuffled(layer: IntegerLayer, order: Any) -> IntegerLayer:
+    return replace(layer, rows=layer.rows[:, order])
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[IntegerLayer, np.ndarray[Any, Any]]:
-    """A layer and a few inputs, some of them padded."""
+def runs(draw: st.DrawFn) -> tuple[IntegerLayer, IntegerLayer, np.ndarray[Any, Any]]:
+    """A layer, the same with one of its zero points, and a few inputs for it, some of them padded."""
     layer = draw(layers())
-    code = st.integers(layer.codes.lo, layer.codes.hi) | st.just(0)
+    fixed = settled(draw, layer)
+    code = st.integers(layer.codes.lo, layer.codes.hi) | st.just(fixed.zero_points[0])
     inputs = draw(st.lists(st.lists(code, min_size=layer.fan_in, max_size=layer.fan_in), min_size=1, max_size=4))
-    return layer, np.array(inputs)
+    return layer, fixed, np.array(inputs)
 
 
 # Worst case
@@ -235,42 +255,48 @@ def test_truncated_zero_centred_weights_within_a2q_plus_fit(v: Row, act_bits: in
 # Emulation
 
 
-@examples
-@given(runs())
-def test_emulation_is_the_reference(run: tuple[IntegerLayer, Any]) -> None:
-    layer, inputs = run
-    expected = [[reference.run(layer, row, x) for row in range(len(layer.rows))] for x in inputs.tolist()]
-    assert emulate(layer, inputs).sums.tolist() == expected
+Run = tuple[IntegerLayer, IntegerLayer, Any]
 
 
 @examples
 @given(runs())
-def test_wrap_around_is_the_exact_sum_folded(run: tuple[IntegerLayer, Any]) -> None:
-    layer, inputs = run
+def test_emulation_is_the_reference(run: Run) -> None:
+    layer, fixed, inputs = run
+    (zero,) = fixed.zero_points
+    expected = [[reference.run(fixed, row, x, zero) for row in range(len(layer.rows))] for x in inputs.tolist()]
+    assert emulate(fixed, inputs).sums.tolist() == expected
+    assert emulate(layer, inputs, zero).sums.tolist() == expected
+
+
+@examples
+@given(runs())
+def test_wrap_around_is_the_exact_sum_folded(run: Run) -> None:
+    _, layer, inputs = run
     register = replace(layer.accumulator, tile=None, overflow="wrap")
     layer = replace(layer, accumulator=register, preload=layer.starts[:, 0])
     got = emulate(layer, inputs)
     difference = got.sums - exact_sums(layer, inputs)
     assert not (difference % 2**register.bits).any()
-    held = got.sums + layer.preload
-    assert register.lo <= held.min() <= held.max() <= register.hi
     assert ((difference != 0) == (got.overflows > 0)).all()
+    if not layer.raw:
+        held = got.sums + layer.preload
+        assert register.lo <= held.min() <= held.max() <= register.hi
 
 
 @examples
 @given(runs(), st.data())
-def test_a_proven_layer_never_overflows_in_any_order(run: tuple[IntegerLayer, Any], data: st.DataObject) -> None:
-    layer, inputs = run
-    if layer.accumulator.tile is None:
-        order = data.draw(st.permutations(range(layer.fan_in)))
-        layer, inputs = replace(layer, rows=layer.rows[:, order]), inputs[:, order]
+def test_a_proven_layer_never_overflows_in_any_order(run: Run, data: st.DataObject) -> None:
+    layer, fixed, inputs = run
     verdict = prove(layer).verdict
+    if layer.accumulator.tile is None or layer.accumulator.order == "any":
+        order = data.draw(st.permutations(range(layer.fan_in)))
+        fixed, inputs = shuffled(fixed, order), inputs[:, order]
     for overflow in ("wrap", "saturate"):
-        got = emulate(replace(layer, accumulator=replace(layer.accumulator, overflow=overflow)), inputs)
+        got = emulate(replace(fixed, accumulator=replace(fixed.accumulator, overflow=overflow)), inputs)
         if verdict == "proven":
             assert not got.overflows.any()
         if not got.overflows.any():
-            assert got.sums.tolist() == exact_sums(layer, inputs)
+            assert got.sums.tolist() == exact_sums(fixed, inputs)
 
 
 @examples
@@ -278,22 +304,38 @@ def test_a_proven_layer_never_overflows_in_any_order(run: tuple[IntegerLayer, An
 def test_a_refuted_layer_has_a_witness_that_overflows(layer: IntegerLayer) -> None:
     operation = prove(layer)
     if operation.verdict == "unproven":
-        assert layer.codes != layer.codes.with_zero()
+        assert any(codes != codes.with_zero() for codes in (*layer.centred, layer.codes))
     found = operation.witness
     assert (found is not None) == (operation.verdict == "refuted")
     if found is None:
         return
-    assert all(layer.codes.lo <= x <= layer.codes.hi for x in found.inputs)
+    assert all(layer.stored.lo <= x <= layer.stored.hi for x in found.inputs)
+    orders = [range(layer.fan_in)]
+    if layer.accumulator.order == "any":  # some choice of the taps that share a tile overflows
+        factors = (layer.weights() if found.register == "inner" else layer.rows)[found.row]
+        codes = np.array(found.inputs) - (0 if layer.raw else found.zero_point)
+        by_product = np.argsort(factors * codes).tolist()
+        orders = [by_product, by_product[::-1]]
     for overflow in ("wrap", "saturate"):
-        risky = replace(layer, accumulator=replace(layer.accumulator, overflow=overflow))
-        assert emulate(risky, [found.inputs]).overflows[0, found.row] > 0
+        counts = []
+        for order in orders:
+            risky = replace(shuffled(layer, order), accumulator=replace(layer.accumulator, overflow=overflow))
+            inputs = np.array([found.inputs])[:, order]
+            counts.append(emulate(risky, inputs, found.zero_point).overflows[0, found.row])
+        assert max(counts) > 0
 
 
 @examples
 @given(layers())
 def test_the_verdict_is_that_of_brute_force(layer: IntegerLayer) -> None:
     """With 0 among the codes, a layer is proven exactly if no input overflows (the ends suffice: sums are linear)."""
-    assume(layer.fan_in <= 5)
-    layer = replace(layer, codes=layer.codes.with_zero())
-    inputs = list(itertools.product({layer.codes.lo, 0, layer.codes.hi}, repeat=layer.fan_in))
-    assert prove(layer).verdict == ("refuted" if emulate(layer, inputs).overflows.any() else "proven")
+    assume(layer.fan_in <= 4)
+    ends = (0, layer.codes.lo, layer.codes.hi, *layer.zero_points)
+    layer = replace(layer, codes=IntFormat(min(ends), max(ends)))
+    overflows = False
+    orders = itertools.permutations(range(layer.fan_in)) if layer.accumulator.order == "any" else [range(layer.fan_in)]
+    for order, zero in itertools.product(orders, layer.zero_points):
+        codes = {layer.codes.lo, 0, zero, layer.codes.hi}
+        inputs = list(itertools.product(codes, repeat=layer.fan_in))
+        overflows = overflows or bool(emulate(shuffled(layer, order), inputs, zero).overflows.any())
+    assert prove(layer).verdict == ("refuted" if overflows else "proven")

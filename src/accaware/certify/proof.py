@@ -6,12 +6,14 @@ the register. A refutation is an input that overflows. Neither sees anything but
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import le
 from typing import Literal, get_args
 
-from accaware.bounds import Side, bits_needed, witness, worst_case
+import numpy as np
+
+from accaware.bounds import Integers, Side, bits_needed, witness, worst_case, worst_tile
 from accaware.formats import Accumulator, IntFormat
 from accaware.integer.layer import IntegerLayer
 
@@ -23,13 +25,15 @@ Register = Literal["inner", "outer"]
 class Witness:
     """An input that overflows: codes [K] for output `row`, whose exact sum `value` does not fit the `register`.
 
-    "inner" is the accumulator (of one of the tiles, where there are tiles), "outer" the one that tiles spill to.
+    "inner" is the accumulator (of one of the tiles, where there are tiles), "outer" the one that tiles spill to. Codes
+    are as they are stored; `zero_point` is the one that they share.
     """
 
     register: Register
     row: int
     inputs: tuple[int, ...]
     value: int
+    zero_point: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,9 @@ class Operation:
     that it needs is in `bits_needed` (None: unknown, `note` says why).
 
     lo, hi: per row, the range of every running sum, start value included (of the worst tile, where there are tiles);
-    outer_lo, outer_hi: per row, the range of the sum of all tiles. preload: start values, row by row, tile by tile.
-    zero_channels: rows of zeros. repaired: rows that the exact check had to repair. Raises `ValueError` for a verdict
-    that the numbers beside it contradict.
+    outer_lo, outer_hi: per row, the range of the sum of all tiles. preload: start values, row by row, tile by tile
+    (none: all 0). codes, zero_points and raw: as in `IntegerLayer`. zero_channels: rows of zeros. repaired: rows that
+    the exact check had to repair. Raises `ValueError` for a verdict that the numbers beside it contradict.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Operation:
     note: str = ""
     reason: str = ""
     witness: Witness | None = None
+    zero_points: tuple[int, ...] = (0,)
+    raw: bool = False
 
     def __post_init__(self) -> None:
         rule = next((rule for rule, kept in self._rules() if not kept), None)
@@ -132,7 +138,7 @@ class Operation:
 
 def prove(layer: IntegerLayer) -> Operation:
     """The verdict on one integer layer: for every input, in every order of its products, with taps padded or not."""
-    inner, *outer = sums = _sums(layer, layer.codes.with_zero())
+    inner, *outer = sums = _sums(layer, IntFormat.with_zero)
     verdict: Verdict = "outside"
     reason, found = "", None
     if layer.inside:
@@ -150,7 +156,7 @@ def prove(layer: IntegerLayer) -> Operation:
         codes=layer.codes,
         fan_in=layer.fan_in,
         method=layer.method,
-        preload=tuple(layer.preload.ravel().tolist()),
+        preload=tuple(layer.preload.ravel().tolist()) if layer.preload.any() else (),
         lo=inner.lo,
         hi=inner.hi,
         outer_lo=outer[0].lo if outer else (),
@@ -161,6 +167,8 @@ def prove(layer: IntegerLayer) -> Operation:
         note=layer.note,
         reason=reason,
         witness=found,
+        zero_points=layer.zero_points,
+        raw=layer.raw,
     )
 
 
@@ -169,26 +177,50 @@ def outside(name: str, kind: str, bits: int | None, note: str) -> Operation:
     return Operation(name, kind, "outside", bits_needed=bits, note=note)
 
 
-def _sums(layer: IntegerLayer, codes: IntFormat) -> list[Sums]:
+def _sums(layer: IntegerLayer, widen: Callable[[IntFormat], IntFormat]) -> list[Sums]:
     """Per row, what the accumulator (in its worst tile) and, with tiles, the outer register can come to hold."""
-    register = layer.accumulator
-    lo, hi = worst_case(layer.rows, codes, layer.starts, register.tile or layer.fan_in)
-    sums = [Sums(tuple(lo.min(axis=1)), tuple(hi.max(axis=1)), register.bits)]
-    if register.tile is not None:
-        lo, hi = worst_case(layer.rows, codes)
-        sums.append(Sums(tuple(lo), tuple(hi), register.outer_bits))
+    sums = []
+    for register, bits in _registers(layer):
+        lows, highs = zip(*(_worst(layer, register, widen(c)) for _, c in _cases(layer, register)), strict=True)
+        sums.append(Sums(tuple(np.minimum.reduce(lows).tolist()), tuple(np.maximum.reduce(highs).tolist()), bits))
     return sums
+
+
+def _registers(layer: IntegerLayer) -> Iterable[tuple[Register, int]]:
+    yield "inner", layer.accumulator.bits
+    if layer.accumulator.tile is not None:
+        yield "outer", layer.accumulator.outer_bits
+
+
+def _cases(layer: IntegerLayer, register: Register) -> Iterable[tuple[int, IntFormat]]:
+    """Zero points and the ranges of the factors that they leave; raw codes are the same with any zero point."""
+    if register == "inner" and layer.raw:
+        return [(layer.zero_points[0], layer.stored)]
+    return zip(layer.zero_points, layer.centred, strict=True)
+
+
+def _worst(layer: IntegerLayer, register: Register, codes: IntFormat) -> tuple[Integers, Integers]:
+    if register == "outer":
+        return worst_case(layer.rows, codes, layer.outer_start)
+    tile, any_taps = layer.accumulator.tile, layer.accumulator.order == "any"
+    return worst_tile(layer.weights(), codes, tile, layer.starts, any_taps)
 
 
 def _overflow(layer: IntegerLayer) -> Witness | None:
     """An input that overflows, from the row that leaves its register by most; None where every finished sum fits."""
-    registers: tuple[Register, Register] = ("inner", "outer")
-    for register, s in zip(registers, _sums(layer, layer.codes), strict=False):
-        limit = 2 ** (s.bits - 1)
-        excess = [max(hi - limit + 1, -limit - lo) for lo, hi in zip(s.lo, s.hi, strict=True)]
-        row = excess.index(max(excess))
-        if excess[row] > 0:
-            side: Side = "hi" if s.hi[row] >= limit else "lo"
-            inputs = witness(layer.rows[row], layer.codes, side)
-            return Witness(register, row, tuple(inputs.tolist()), s.hi[row] if side == "hi" else s.lo[row])
+    for register, bits in _registers(layer):
+        limit = 2 ** (bits - 1)
+        found = []
+        for zero_point, codes in _cases(layer, register):
+            sides: tuple[Side, Side] = ("lo", "hi")
+            for side, ends in zip(sides, _worst(layer, register, codes), strict=True):
+                excess = (ends - limit + 1) if side == "hi" else (-limit - ends)
+                row = int(np.argmax(excess))
+                found.append((excess[row], row, side, zero_point, codes, ends[row]))
+        excess, row, side, zero_point, codes, value = max(found, key=lambda candidate: candidate[0])
+        if excess > 0:
+            raw = register == "inner" and layer.raw
+            weights = layer.weights(slice(row, row + 1))[0] if register == "inner" else layer.rows[row]
+            inputs = witness(weights, codes, side) + (0 if raw else zero_point)
+            return Witness(register, row, tuple(inputs.tolist()), int(value), zero_point)
     return None

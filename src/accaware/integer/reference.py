@@ -21,19 +21,31 @@ def saturate(value: int, bits: int) -> int:
     return max(-(1 << bits - 1), min(value, (1 << bits - 1) - 1))
 
 
-def run(layer: IntegerLayer, row: int, inputs: Sequence[int]) -> int:
-    """What the register of output `row` delivers for one input [K], preload subtracted."""
+def run(layer: IntegerLayer, row: int, inputs: Sequence[int], zero_point: int = 0) -> int:
+    """What the register of output `row` delivers for one input [K] of stored codes, start values subtracted."""
     register = layer.accumulator
     store: Callable[[int, int], int] = wrap if register.overflow == "wrap" else saturate
     weights = [int(q) for q in layer.rows[row]]
-    starts = [int(b) for b in layer.preload.reshape(len(layer.rows), -1)[row]]
+    surplus = int(layer.weight_zero[row])
+    starts = [int(b) for b in layer.starts[row]]
     size = register.tile or len(weights)
-    outer = 0
+    spill = wrap if layer.raw else store
+    begin = int(layer.outer_start[row])
+    outer = spill(begin, register.outer_bits)
     for tile, start in enumerate(starts):
         total = store(start, register.bits)
         for tap in range(tile * size, min((tile + 1) * size, len(weights))):
-            total = store(total + weights[tap] * int(inputs[tap]), register.bits)
+            code, weight = int(inputs[tap]), weights[tap]
+            product = (weight + surplus) * code if layer.raw else weight * (code - zero_point)
+            total = store(total + product, register.bits)
         if register.tile is None:
-            return total - start
-        outer = store(outer + (total - start), register.outer_bits)
-    return outer
+            return total - start - _excess(layer, weights, surplus, inputs, zero_point)
+        outer = spill(outer + (total - start), register.outer_bits)
+    return spill(outer - _excess(layer, weights, surplus, inputs, zero_point), register.outer_bits) - begin
+
+
+def _excess(layer: IntegerLayer, weights: Sequence[int], surplus: int, inputs: Sequence[int], zero_point: int) -> int:
+    """What the products of raw codes are more than those of centred ones."""
+    if not layer.raw:
+        return 0
+    return sum((q + surplus) * int(x) - q * (int(x) - zero_point) for q, x in zip(weights, inputs, strict=True))
