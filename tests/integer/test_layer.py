@@ -45,6 +45,26 @@ def test_tiles_cover_every_tap_once(tile: int, tiles: list[slice]) -> None:
     assert made.starts.tolist() == [[1] * len(tiles)] * 2
 
 
+def test_one_start_value_serves_all_tiles() -> None:
+    made = layer(accumulator=Accumulator(12, tile=2), preload=np.array(-3))
+    assert made.starts.tolist() == [[-3] * 3] * 2
+
+
+def test_codes_and_zero_points() -> None:
+    made = layer(codes=IntFormat(10, 200), zero_points=(0, 255), raw=True, weight_zero=[0, -128])
+    assert made.centred == (IntFormat(10, 200), IntFormat(-245, -55))
+    assert made.stored == IntFormat(0, 255)
+    assert made.weights().tolist() == [[1, -2, 3, 4, 5], [-128, -121, -128, -135, -128]]
+    assert made.weights(slice(0, 1)).tolist() == [[1, -2, 3, 4, 5]]
+    assert layer(weight_zero=7).weights().tolist() == made.rows.tolist()
+
+
+def test_arrays_over_bytes_are_not_copied() -> None:
+    rows = np.frombuffer(bytes(10), np.int8).reshape(2, 5)
+    assert np.shares_memory(layer(rows=rows).rows, rows)
+    assert not np.shares_memory(layer(rows=np.array(rows)).rows, rows)
+
+
 @pytest.mark.parametrize("name", ["rows", "preload", "scale"])
 def test_what_was_proven_stays(name: str) -> None:
     source = np.ones((2, 5), np.int64) if name == "rows" else np.ones(2, np.int64)
@@ -74,6 +94,15 @@ def test_what_was_proven_stays(name: str) -> None:
         ({"scale": [1.0, np.nan]}, ValueError, "scale must be 2 positive numbers"),
         ({"act_scale": np.inf}, ValueError, "act_scale must be a positive number, not inf"),
         ({"act_scale": 0.0}, ValueError, "act_scale must be a positive number, not 0.0"),
+        ({"weight_zero": [1, 2, 3]}, ValueError, r"weight_zero must be one integer or 2, not \[3\]"),
+        ({"outer_start": [0.5, 1.0]}, TypeError, "outer_start must be integers, not float64"),
+        ({"zero_points": ()}, ValueError, r"zero_points must be integers, at least one, not \(\)"),
+        ({"zero_points": (0, 1.5)}, ValueError, "zero_points must be integers"),
+        (
+            {"accumulator": Accumulator(12, tile=2, order="any"), "preload": np.ones((2, 3), int)},
+            ValueError,
+            "one integer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changes: Any, error: type[Exception], message: str) -> None:

@@ -71,6 +71,7 @@ def layers(draw: st.DrawFn) -> IntegerLayer:
     accumulator = Accumulator(bits, overflow, tile=tile, outer_bits=draw(st.integers(bits, 13)), order=order)
     starts = draw(st.lists(st.integers(-60, 60), min_size=count * fan_in, max_size=count * fan_in))
     preload = np.array(starts).reshape(count, fan_in)[:, : -(-fan_in // (tile or fan_in))]
+    preload = preload[0, 0] if order == "any" else preload
     return IntegerLayer(
         *("fc", "Linear", rows, codes, accumulator, preload, np.ones(count), 1.0, True, "projected"),
         zero_points=draw(st.sampled_from([(0,), (0,), (2,), (-3,), (0, 3), (-2, 1)])),

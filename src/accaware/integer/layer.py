@@ -23,7 +23,7 @@ class IntegerLayer:
         strided transposed convolution), taps in the order `accumulator.order`, in which they are added too.
     codes: range of the input codes as they are stored. zero_points: the code that stands for 0, or the smallest and
         the largest that may (dynamic quantization: all codes of one input share one).
-    preload: one integer, or integers [R], or [R, tiles], that the register starts from.
+    preload: one integer, or integers [R], or [R, tiles], that the register starts from (one, for tiles of any taps).
     scale: float64 [R] and act_scale: output = scale * act_scale * sum of products.
     inside: False for an operation outside the request, of which only the width is reported.
     method: the set or quantizer that the weights come from. repaired: rows that the exact check had to repair.
@@ -62,6 +62,8 @@ class IntegerLayer:
         count, tiles = len(rows), len(self.tiles)
         if preload.shape not in ((), (count, tiles)) and (tiles > 1 or preload.shape != (count,)):
             raise ValueError(f"{self.name}: preload must have shape {[count, tiles]}, not {list(preload.shape)}")
+        if tiles > 1 and self.accumulator.order == "any" and preload.ndim:
+            raise ValueError(f"{self.name}: preload must be one integer where any taps share a tile")
         scale = self._freeze("scale", np.asarray(self.scale, np.float64))
         if scale.shape != (count,) or not (np.isfinite(scale) & (scale > 0)).all():
             raise ValueError(f"{self.name}: scale must be {count} positive numbers, not {scale}")
