@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -136,6 +137,12 @@ def test_a_disk_that_fills_up_while_training_loses_nothing(options: list[str]) -
     assert ours[0].startswith("accaware: run/")
     assert not list(Path("run").rglob("*.ckpt*"))
     assert run(["train", "--resume", "--out", "run"]) == 0
+
+
+def test_a_run_that_diverges_says_so(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", *options, "--method", "baseline", "--lr", "1e30", "--epochs", "20", "--out", "wild"]
+    assert re.search(r"training diverged: at step \d+ the loss is (nan|inf); try a smaller --lr", fails(words, capsys))
+    assert not Path("wild/result.json").exists()
 
 
 def test_mistakes_before_any_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,3 +214,14 @@ def test_one_scale_for_the_tensor():
     assert scale.shape == (3, 1, 1)
     assert len(set(scale.flatten().tolist())) == 1
     assert q.abs().sum() > 0
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_gradients_are_numbers_however_far_the_parameters_went(centred):
+    ours = quantizer(FORMATS["unsigned"], 2, 1, centred, 10)
+    with torch.no_grad():
+        ours.d.fill_(-43.6)
+        ours.t.fill_(90.0)
+    rows = torch.randn(2, 1, 9, requires_grad=True)
+    ours(rows).square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in (ours.d, ours.t, rows))

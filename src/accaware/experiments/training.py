@@ -227,12 +227,16 @@ class Log(Callback):
                         yield ",".join(row) + "\n"
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """One row every `LOG_EVERY` steps."""
+        """One row every `LOG_EVERY` steps. Raises `ValueError` where the loss is no number any more."""
         step = trainer.global_step
-        if not trainer.is_global_zero or (step % LOG_EVERY and step != self.plan.steps):
+        if step % LOG_EVERY and step != self.plan.steps:
+            return
+        values = {name: float(outputs[name]) for name in ("loss", "penalty", "top1")}
+        if not math.isfinite(values["loss"]):  # every process sees it
+            raise ValueError(f"training diverged: at step {step} the loss is {values['loss']}; try a smaller --lr")
+        if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Network)
-        values = {name: float(outputs[name]) for name in ("loss", "penalty", "top1")}
         values["lr"] = pl_module.settings.lr * self.plan.rate(step - 1)
         row = (step, step / self.steps_per_epoch, *values.values(), pl_module.elapsed())
         with self.file.open("a") as file:
@@ -269,7 +273,7 @@ def fit(network: Network, run: RunFolder, settings: Settings, console: Console, 
             max_epochs=-1,
             logger=_tensorboard(run),
             callbacks=[
-                Log(run.log, console, plan, steps_per_epoch),
+                Log(run.log, console, plan, steps_per_epoch),  # first: it stops before a diverged run is kept
                 KeepLast(run.checkpoints, settings.checkpoint_every, plan.steps),
             ],
             plugins=[WholeFiles()],

@@ -15,6 +15,7 @@ from accaware.quantizers.weight import WeightQuantizer
 __all__ = ["A2QQuantizer"]
 
 _TINY = 1e-10
+_FAR = 60.0  # powers of two
 
 
 class A2QQuantizer(WeightQuantizer):
@@ -63,7 +64,9 @@ class A2QQuantizer(WeightQuantizer):
         """g/s * v/||v||_1, [C, parts, T]."""
         mean = self._mean(v)
         centred = self._taps(v - mean)
-        norm = torch.exp2(self.t.to(v.dtype)) / torch.exp2(self.d.to(v.dtype))
+        # A norm far beyond the budget, which has no gradient, must not overflow: 0 * inf is no number.
+        t = torch.minimum(self.t, self.d.detach() + _FAR)
+        norm = torch.exp2(t.to(v.dtype)) / torch.exp2(self.d.to(v.dtype))
         # The sum of magnitudes that Brevitas takes, so that equal parameters give equal integers at exact ties too.
         length = torch.linalg.vector_norm(centred, 1, dim=-1, keepdim=True)
         divisor = (length / norm.clamp(max=self.l1_budget)).clamp(min=_TINY)
