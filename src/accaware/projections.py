@@ -93,7 +93,10 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
     positive, negative = budget.positive, budget.negative
     if positive is None or negative is None:
         return _project_coupled(u, budget, qmax, importance)
-    return _fill(u.clamp(min=0), positive, qmax, importance) - _fill((-u).clamp(min=0), negative, qmax, importance)
+    sides = torch.stack([u, -u]).clamp_(min=0)  # at once: small layers cost what their calls cost
+    room = sides.new_tensor([positive, negative]).reshape(2, *[1] * u.ndim)
+    up, down = _fill(sides, room, qmax, importance)
+    return up.sub_(down)
 
 
 def _in_blocks(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) -> Tensor:
@@ -135,17 +138,19 @@ def _fill(a: Tensor, limit: int | Tensor, qmax: int | Tensor, h: Tensor | None) 
         return buffer
     low = torch.zeros_like(wanted)
     high = (a + 0.5 if h is None else (a + 0.5) * h).amax(-1, keepdim=True).masked_fill_(solved, 0)
-    # Units too many at `low`, and units to spare at `high`, weigh the first guesses (regula falsi, Illinois variant:
-    # the end that stays counts half the next time, so that neither stays for long).
-    above, below = (wanted - room).clamp_(min=0), room.expand_as(wanted)
+    # The first guesses weigh the ends by the roots of the units too many at `low` and to spare at `high`: between
+    # regula falsi, which leaves one end where it is, and bisection, which forgets what was counted.
+    above, below = (wanted - room).clamp_(min=0).sqrt_(), room.sqrt().expand_as(wanted)
     for step in range(_GUESSES + (32 if a.dtype == torch.float32 else 62)):
         share = above / (above + below).clamp_(min=1) if step < _GUESSES else 0.5
         middle = low + (high - low) * share
-        used = units(middle).sum(-1, keepdim=True)
-        fits = used <= room
-        high, below = torch.where(fits, middle, high), torch.where(fits, room - used, below / 2)
-        low, above = torch.where(fits, low, middle), torch.where(fits, above / 2, used - room)
-        solved = solved | (used == room)
+        spare = room - units(middle).sum(-1, keepdim=True)
+        fits = spare >= 0
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+        if step < _GUESSES:
+            root = spare.abs().sqrt_()
+            above, below = torch.where(fits, above, root), torch.where(fits, root, below)
+        solved = solved | (spare == 0)
         # A row that spends its budget to the last unit is solved; asking would make a GPU wait.
         if a.device.type == "cpu" and bool(solved.all()):
             return units(high)
