@@ -96,7 +96,8 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
     sides = torch.stack([u, -u]).clamp_(min=0)  # at once: small layers cost what their calls cost
     room = sides.new_tensor([positive, negative]).reshape(2, *[1] * u.ndim)
     up, down = _fill(sides, room, qmax, importance)
-    return up.sub_(down)
+    up -= down
+    return up
 
 
 def _in_blocks(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) -> Tensor:
