@@ -95,9 +95,8 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
         return _project_coupled(u, budget, qmax, importance)
     sides = torch.stack([u, -u]).clamp_(min=0)  # at once: small layers cost what their calls cost
     room = sides.new_tensor([positive, negative]).reshape(2, *[1] * u.ndim)
-    up, down = _fill(sides, room, qmax, importance)
-    up -= down
-    return up
+    filled = _fill(sides, room, qmax, importance)
+    return filled[0] - filled[1]
 
 
 def _in_blocks(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) -> Tensor:
