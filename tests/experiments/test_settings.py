@@ -79,5 +79,5 @@ def test_unknown_settings_are_refused() -> None:
 
 def test_only_where_a_run_computes_may_change() -> None:
     check_same(CHANGED, {"lr": 1e-5, "acc_bits": ("12", "conv*=14"), "device": "cuda", "devices": 4}, Path("x"))
-    with pytest.raises(ValueError, match=r"run folder x was made with --batch-size 128, not 64"):
-        check_same(CHANGED, {"lr": 1e-5, "batch_size": 64}, Path("x"))
+    with pytest.raises(ValueError, match=r"run folder x was made with --batch-size 64, not 128"):
+        check_same(CHANGED, {"lr": 1e-5, "batch_size": 128}, Path("x"))

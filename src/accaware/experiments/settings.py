@@ -52,8 +52,8 @@ class Settings:
     calib: int = 1000
     algorithm: str = "projection"
     epochs: float = 1.0
-    lr: float = 0.02
-    batch_size: int = 128
+    lr: float = 0.01
+    batch_size: int = 64
     weight_decay: float = 1e-5
     warmup: float = 0.05
     scale_lr: float = 1.0
