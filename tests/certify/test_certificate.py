@@ -250,3 +250,15 @@ def test_other_bytes_and_other_paths(tmp_path: Path) -> None:
 def test_a_hash_is_a_hash() -> None:
     with pytest.raises(ValueError, match="sha256 must be 64 hexadecimal digits, not 'abc'"):
         Certificate.of([], sha256="abc")
+
+
+def test_names_cannot_forge_lines_of_the_table() -> None:
+    shown = Certificate.of([layer("a\nb\x1b[2J", [[1]])], sha256=SHA).table()
+    assert "a\\nb\\x1b[2J" in shown
+    assert "\x1b" not in shown
+
+
+def test_sums_beyond_floats_have_a_utilisation() -> None:
+    op = replace(prove(layer("fc", [[1]])), lo=(0,), hi=(10**400,), bits_needed=1330, verdict="outside")
+    assert op.utilisation == float("inf")
+    assert "inf%" in Certificate(1, "", SHA, (op,)).table()

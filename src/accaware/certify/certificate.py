@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import reprlib
 import types
@@ -19,21 +18,32 @@ from rich.table import Table
 
 from accaware import __version__
 from accaware.certify.proof import Operation, Witness, outside, prove
+from accaware.files import write_whole
 from accaware.integer.layer import IntegerLayer
 
 __all__ = ["SCHEMA", "Certificate", "Operation", "Witness", "outside", "prove"]
 
 SCHEMA = 1
+TOOL = f"accaware {__version__}"
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The verdicts on a network. sha256: of what was proven. tool: name and version of the program that proved it."""
+    """The verdicts on a network. sha256: of what was proven. tool: name and version of the program that proved it.
+
+    target: name of the register that all operations share ("": each its own, as the network was prepared for), and
+    assumes, what must be true of it. bias: whether an operator's bias is in the register. inputs: the codes of graph
+    inputs that the user vouched for.
+    """
 
     schema: int
     tool: str
     sha256: str
     operations: tuple[Operation, ...]
+    target: str = ""
+    assumes: str = ""
+    bias: Literal["inside", "outside"] = "outside"
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
@@ -42,7 +52,7 @@ class Certificate:
     @classmethod
     def of(cls, layers: Iterable[IntegerLayer], others: Iterable[Operation] = (), *, sha256: str) -> Certificate:
         """Prove every layer; `others` are operations without integer rows."""
-        return cls(SCHEMA, f"accaware {__version__}", sha256, (*map(prove, layers), *others))
+        return cls(SCHEMA, TOOL, sha256, (*map(prove, layers), *others))
 
     @property
     def inside(self) -> tuple[Operation, ...]:
@@ -66,16 +76,7 @@ class Certificate:
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to `path`, whole or not at all. Raises `OSError`."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(Path(path), self.to_json())
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
@@ -123,11 +124,11 @@ class Certificate:
 def _cells(op: Operation) -> list[str]:
     if op.target is None or op.codes is None:
         needs = "?" if op.bits_needed is None else str(op.bits_needed)
-        return [op.name, op.kind, "", "", "", needs, "", "", "", op.method, op.verdict]
+        return [_printable(op.name), _printable(op.kind), "", "", "", needs, "", "", "", op.method, op.verdict]
     tile = f", {op.target.outer_bits} after {op.target.tile}" if op.target.tile else ""
     return [
-        op.name,
-        op.kind,
+        _printable(op.name),
+        _printable(op.kind),
         str(op.fan_in),
         f"[{op.codes.lo}, {op.codes.hi}]",
         f"{op.target.bits}{tile}",
@@ -149,7 +150,12 @@ def _remark(op: Operation) -> str:
     if op.repaired:
         remarks.append(f"{op.repaired} rows repaired by the exact check")
     text = "; ".join(filter(None, remarks))
-    return f"{op.name}: {text}" if text else ""
+    return _printable(f"{op.name}: {text}") if text else ""
+
+
+def _printable(text: str) -> str:
+    """Names come from anybody's files: what would move the cursor or start a line is spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

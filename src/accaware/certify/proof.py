@@ -6,7 +6,8 @@ the register. A refutation is an input that overflows. Neither sees anything but
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import le
 from typing import Literal, get_args
@@ -133,7 +134,10 @@ class Operation:
         """The largest share of its side of the accumulator that a row can reach; above 1 it does not fit."""
         if self.target is None:
             return None
-        return max(max(self.hi) / self.target.hi, min(self.lo) / self.target.lo)
+        try:
+            return max(max(self.hi) / self.target.hi, min(self.lo) / self.target.lo)
+        except OverflowError:  # integers of any size can be in a file
+            return math.inf
 
 
 def prove(layer: IntegerLayer) -> Operation:
@@ -143,7 +147,7 @@ def prove(layer: IntegerLayer) -> Operation:
     reason, found = "", None
     if layer.inside:
         fit = all(s.fits for s in sums)
-        found = None if fit else _overflow(layer)
+        found = None if fit else next(witnesses(layer), None)
         verdict = "proven" if fit else "refuted" if found else "unproven"
     if verdict == "unproven":
         reason = f"whole sums fit, but codes in [{layer.codes.lo}, {layer.codes.hi}] lack 0, and parts of a sum may not"
@@ -206,21 +210,23 @@ def _worst(layer: IntegerLayer, register: Register, codes: IntFormat) -> tuple[I
     return worst_tile(layer.weights(), codes, tile, layer.starts, any_taps)
 
 
-def _overflow(layer: IntegerLayer) -> Witness | None:
-    """An input that overflows, from the row that leaves its register by most; None where every finished sum fits."""
+def witnesses(layer: IntegerLayer) -> Iterator[Witness]:
+    """An input that overflows for every row that has one, those that leave their register by most first.
+
+    All rows of the accumulator come before those of the outer register. With tiles of any taps, taps of largest
+    product share the one that overflows.
+    """
     for register, bits in _registers(layer):
         limit = 2 ** (bits - 1)
-        found = []
+        found: list[tuple[Integers, Side, int, IntFormat, Integers]] = []
         for zero_point, codes in _cases(layer, register):
-            sides: tuple[Side, Side] = ("lo", "hi")
-            for side, ends in zip(sides, _worst(layer, register, codes), strict=True):
-                excess = (ends - limit + 1) if side == "hi" else (-limit - ends)
-                row = int(np.argmax(excess))
-                found.append((excess[row], row, side, zero_point, codes, ends[row]))
-        excess, row, side, zero_point, codes, value = max(found, key=lambda candidate: candidate[0])
-        if excess > 0:
+            lo, hi = _worst(layer, register, codes)
+            found += [(hi - limit + 1, "hi", zero_point, codes, hi), (-limit - lo, "lo", zero_point, codes, lo)]
+        excess = np.array([entry[0] for entry in found])
+        worst = excess.max(axis=0)
+        for row in np.argsort(-worst, kind="stable")[: int((worst > 0).sum())].tolist():
+            _, side, zero_point, codes, ends = found[int(np.argmax(excess[:, row]))]
             raw = register == "inner" and layer.raw
             weights = layer.weights(slice(row, row + 1))[0] if register == "inner" else layer.rows[row]
             inputs = witness(weights, codes, side) + (0 if raw else zero_point)
-            return Witness(register, row, tuple(inputs.tolist()), int(value), zero_point)
-    return None
+            yield Witness(register, row, tuple(inputs.tolist()), int(ends[row]), zero_point)

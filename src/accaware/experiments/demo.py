@@ -33,8 +33,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import accaware as aa
-from accaware.experiments.files import write_whole
 from accaware.experiments.runs import RunFolder, commit, hardware, versions
+from accaware.files import write_whole
 from accaware.formats import Method
 
 METHODS: tuple[Method, ...] = ("baseline", "a2q", "a2q+", "projected")

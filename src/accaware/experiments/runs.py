@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import accaware
-from accaware.experiments.files import write_whole
 from accaware.experiments.settings import Settings
+from accaware.files import write_whole
 
 
 @dataclass(frozen=True)

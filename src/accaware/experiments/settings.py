@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -84,13 +84,11 @@ class Settings:
     @property
     def spec(self) -> Spec:
         """The request for all layers that no pattern singles out."""
-        plain = [text for text in self.acc_bits if "=" not in text] or ["16"]
-        if len(plain) > 1:
-            raise ValueError(f"acc_bits is given twice without a layer pattern: {', '.join(plain)}")
+        plain, _ = acc_widths(self.acc_bits)
         return Spec(
             weight_bits=self.weight_bits,
             act_bits=self.act_bits,
-            acc_bits=_integer("acc_bits", plain[0]),
+            acc_bits=16 if plain is None else plain,
             method=self.method,
             preload=self.preload,
             tile=self.tile,
@@ -101,8 +99,7 @@ class Settings:
     @property
     def acc_patterns(self) -> dict[str, int]:
         """Accumulator bits by layer pattern."""
-        pairs = _pairs("acc_bits", (text for text in self.acc_bits if "=" in text))
-        widths = {pattern: _integer("acc_bits", value) for pattern, value in pairs.items()}
+        _, widths = acc_widths(self.acc_bits)
         for bits in widths.values():
             Spec(acc_bits=bits)  # validates it
         return widths
@@ -139,6 +136,16 @@ class Settings:
                 for item in value if isinstance(value, list) else [value]:
                     words += [f"--{name.replace('_', '-')}", f"{item}"]
         return shlex.join(words)
+
+
+def acc_widths(texts: Sequence[str]) -> tuple[int | None, dict[str, int]]:
+    """Of "12" and "PATTERN=32": the width of all other layers (None: not given), and those by layer pattern."""
+    plain = [text for text in texts if "=" not in text]
+    if len(plain) > 1:
+        raise ValueError(f"acc_bits is given twice without a layer pattern: {', '.join(plain)}")
+    pairs = _pairs("acc_bits", (text for text in texts if "=" in text))
+    widths = {pattern: _integer("acc_bits", value) for pattern, value in pairs.items()}
+    return _integer("acc_bits", plain[0]) if plain else None, widths
 
 
 def check_same(kept: Settings, given: Mapping[str, Any], folder: Path) -> None:

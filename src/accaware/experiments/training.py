@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import accaware as aa
 from accaware.experiments.batches import STEP, EvalBatches, TrainBatches, seed_of
 from accaware.experiments.data import Images, Normalization
-from accaware.experiments.files import write_whole
 from accaware.experiments.runs import RunFolder
 from accaware.experiments.settings import Settings
+from accaware.files import write_whole
 from accaware.quantizers import ActivationQuantizer, WeightQuantizer
 
 LOG_EVERY = 10

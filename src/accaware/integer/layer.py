@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +106,12 @@ class IntegerLayer:
         """The weights that the accumulator multiplies, integers [R, K] of the rows `part`."""
         rows = self.rows[part]
         return rows + self.weight_zero[part, None] if self.raw and self.weight_zero.any() else rows
+
+    def part(self, index: NDArray[np.int64]) -> IntegerLayer:
+        """The layer of these rows only."""
+        fields = ("rows", "preload", "scale", "weight_zero", "outer_start")
+        arrays = {name: getattr(self, name) for name in fields}
+        return replace(self, **{name: array[index] if array.ndim else array for name, array in arrays.items()})
 
     @property
     def tiles(self) -> list[slice]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from accaware.experiments.files import write_whole
+from accaware.files import write_whole
 
 
 def test_content_and_mode(tmp_path: Path) -> None:
