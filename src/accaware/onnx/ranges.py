@@ -1,0 +1,489 @@
+"""How ranges pass through operations that move, select, scale or bound values, but do not sum them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from accaware.formats import IntFormat
+from accaware.onnx.facts import (
+    ONE,
+    Call,
+    Codes,
+    Fact,
+    Reals,
+    affine,
+    clipped,
+    constant,
+    integers,
+    interval,
+    union,
+    with_value,
+)
+from accaware.onnx.tensors import ELEMENTS, SMALL, Array, Constant, UnreadableError
+
+Handler = Callable[[Call], Sequence[Fact]]
+
+
+def kept(call: Call) -> list[Fact]:
+    """The first output holds values of the input, at the same places along the channels."""
+    return [call.fact(0)]
+
+
+def dropout(call: Call) -> list[Fact]:
+    """Nothing happens, except in training."""
+    if call.has(2) and call.one(2, "training mode"):
+        return [call.unknown()]
+    return kept(call)
+
+
+def selected(call: Call) -> list[Fact]:
+    """The first output, or every part of a split, holds values of the input, anywhere."""
+    return [_anywhere(call.fact(0))] * (len(call.node.outputs) if call.node.kind == "Split" else 1)
+
+
+def _anywhere(fact: Fact) -> Fact:
+    if isinstance(fact, Codes):
+        if fact.per_axis:
+            return Reals("its scale varies along a dimension that is rearranged", *interval(fact))
+        return replace(fact, values=None)
+    if isinstance(fact, Constant):
+        codes = integers(fact, "qdq")
+        if codes is not None:
+            return replace(codes, values=None)
+        return Reals(f"it is a part of constant '{fact.origin.name}'", *interval(fact))
+    return fact
+
+
+def _moved(fact: Fact, move: Callable[[Constant], Constant], axis: Callable[[Codes, int], int]) -> Fact:
+    """A transposed or reshaped tensor. axis: where a dimension goes, given the tensor's rank."""
+    if isinstance(fact, Constant):
+        return move(fact)
+    if not isinstance(fact, Codes) or (fact.values is None and not fact.per_axis):
+        return fact
+    rank = len(fact.values.shape) if fact.values is not None else 0
+    place = axis(fact, rank) if fact.per_axis else 0
+    return replace(fact, axis=place, values=None if fact.values is None else move(fact.values))
+
+
+def transpose(call: Call) -> list[Fact]:
+    fact, order = call.fact(0), call.node.ints("perm")
+
+    def full(rank: int) -> tuple[int, ...]:
+        return order or tuple(reversed(range(rank)))
+
+    def axis(codes: Codes, rank: int) -> int:
+        perm = full(rank or len(order))
+        return perm.index(codes.axis % len(perm))
+
+    return [_moved(fact, lambda c: c.transposed(full(len(c.shape))), axis)]
+
+
+def _reshaper(target: Callable[[Call, tuple[int, ...]], tuple[int, ...]]) -> Handler:
+    """A handler that gives a constant the shape `target`, and a tensor of run time none."""
+
+    def handler(call: Call) -> list[Fact]:
+        fact = call.fact(0)
+        values = fact.values if isinstance(fact, Codes) else fact
+        if not isinstance(values, Constant):
+            return selected(call)
+        before = values.shape
+        after = target(call, before)
+
+        def axis(codes: Codes, rank: int) -> int:
+            found = codes.axis % rank
+            count, skipped = before[found], math.prod(before[:found])
+            for place, size in enumerate(after):
+                if size == count and math.prod(after[:place]) == skipped:
+                    return place
+            raise UnreadableError("its scale varies along a dimension that is reshaped")
+
+        return [_moved(fact, lambda c: c.reshaped(after), axis)]
+
+    return handler
+
+
+def _reshape(call: Call, before: tuple[int, ...]) -> tuple[int, ...]:
+    wanted = [int(d) for d in (call.array(1, "shape").reshape(-1) if call.has(1) else call.node.ints("shape"))]
+    keep = not call.node.get("allowzero", 0)
+    shape = [before[i] if d == 0 and keep and i < len(before) else d for i, d in enumerate(wanted)]
+    known = math.prod(d for d in shape if d != -1)
+    return tuple(math.prod(before) // max(1, known) if d == -1 else d for d in shape)
+
+
+def _flatten(call: Call, before: tuple[int, ...]) -> tuple[int, ...]:
+    axis = call.node.get("axis", 1)
+    axis += len(before) if axis < 0 else 0
+    return math.prod(before[:axis]), math.prod(before[axis:])
+
+
+def _axes(call: Call, rank: int) -> set[int]:
+    axes = call.array(1, "axes").reshape(-1).tolist() if call.has(1) else call.node.ints("axes")
+    return {int(a) % max(1, rank) for a in axes}
+
+
+def _squeeze(call: Call, before: tuple[int, ...]) -> tuple[int, ...]:
+    axes = _axes(call, len(before)) or {i for i, size in enumerate(before) if size == 1}
+    return tuple(size for i, size in enumerate(before) if i not in axes)
+
+
+def _unsqueeze(call: Call, before: tuple[int, ...]) -> tuple[int, ...]:
+    count = call.array(1, "axes").size if call.has(1) else len(call.node.ints("axes"))
+    axes = _axes(call, len(before) + count)
+    sizes = iter(before)
+    return tuple(1 if i in axes else next(sizes, 1) for i in range(len(before) + count))
+
+
+def relu(call: Call) -> list[Fact]:
+    return [clipped(call.fact(0), 0.0, math.inf)]
+
+
+def clip(call: Call) -> list[Fact]:
+    low = call.one(1, "lower bound", call.node.get("min", -math.inf))
+    high = call.one(2, "upper bound", call.node.get("max", math.inf))
+    fact = integers(call.fact(0), "qdq") or call.fact(0)
+    return [clipped(fact, low, high)]
+
+
+def extremum(call: Call) -> list[Fact]:
+    """Max or Min with one constant number is a Clip."""
+    for x, bound in ((0, 1), (1, 0)):
+        array = constant(call.fact(bound)) if call.has(bound) and len(call.facts) == 2 else None
+        if array is not None and array.size == 1:
+            limits = (
+                (float(array.reshape(())), math.inf)
+                if call.node.kind == "Max"
+                else (-math.inf, float(array.reshape(())))
+            )
+            return [clipped(call.fact(x), *limits)]
+    return [union([_anywhere(call.fact(i)) for i in range(len(call.facts))])]
+
+
+def concat(call: Call) -> list[Fact]:
+    return [union([integers(f) or f for f in map(call.fact, range(len(call.facts)))])]
+
+
+def where(call: Call) -> list[Fact]:
+    return [union([_anywhere(integers(f) or f) for f in (call.fact(1), call.fact(2))])]
+
+
+def pad(call: Call) -> list[Fact]:
+    if call.node.get("mode", "constant") != "constant":
+        return selected(call)
+    fact = call.fact(0)
+    if isinstance(fact, Constant):
+        return selected(call)
+    return [with_value(fact, call.one(2, "padding", call.node.get("value", 0.0)))]
+
+
+def cast(call: Call) -> list[Fact]:
+    element = ELEMENTS.get(call.node.get("to", 0))
+    fact = call.fact(0)
+    if element is None:
+        raise UnreadableError("it is cast to a type that is not read")
+    if element.codes is None:
+        codes = integers(fact)
+        if codes is None or codes.type is None:  # floats stay floats
+            return [fact]
+        exact = 2 ** {16: 11, 32: 24, 64: 53}[element.bits]
+        if max(-codes.lo, codes.hi) > exact:
+            return [Reals("it is cast to floats that do not hold its integers", *_rounded(codes))]
+        return [replace(codes, type=None)]
+    codes = integers(fact)
+    if codes is None:
+        lo, hi = interval(fact)
+        inside = element.codes.lo <= lo and hi <= element.codes.hi
+        ends = (math.floor(lo), math.ceil(hi)) if inside else (element.codes.lo, element.codes.hi)
+        return [Codes(*ends, ONE, type=element.codes)]
+    if element.codes.lo <= codes.lo and codes.hi <= element.codes.hi:
+        return [replace(codes, type=element.codes)]
+    return [Codes(element.codes.lo, element.codes.hi, ONE, type=element.codes)]
+
+
+def _rounded(codes: Codes) -> tuple[float, float]:
+    return codes.lo * (1 + 2**-7 if codes.lo < 0 else 1 - 2**-7), codes.hi * (1 + 2**-7)
+
+
+def scaled(call: Call) -> list[Fact]:
+    """Add, Sub, Mul or Div with a constant."""
+    kind = call.node.kind
+    # Of two constants, the one that holds codes may be weights.
+    place = 1 if constant_or_none(call, 1) is not None and not isinstance(call.fact(1), Codes) else 0
+    place = place if constant_or_none(call, place) is not None else 1 - place
+    c, x = constant_or_none(call, place), call.fact(1 - place)
+    if c is None or isinstance(x, Constant) or (kind == "Div" and place == 0):
+        return [_anything(call)]
+    x = integers(x) or x
+    integer = isinstance(x, Codes) and x.type is not None
+    one, nought = np.ones((), c.dtype), np.zeros((), c.dtype)
+    if kind == "Div":
+        if integer or not np.all(c):
+            return [_anything(call)]
+        return [affine(x, 1 / c.astype(np.float64), nought)]
+    if not integer:
+        c = c.astype(np.float64)
+    if kind == "Mul":
+        return [affine(x, c, nought)]
+    if kind == "Sub":
+        return [affine(x, one, -c.astype(np.float64))] if place else [affine(x, -np.ones(()), c)]
+    return [affine(x, one, c)]
+
+
+def constant_or_none(call: Call, index: int) -> Array | None:
+    """The values of a small constant input; None for anything else."""
+    fact = call.fact(index)
+    if isinstance(fact, Codes) and (fact.values is None or fact.values.size > SMALL):
+        return None
+    return None if isinstance(fact, Constant) and fact.size > SMALL else constant(fact)
+
+
+def _anything(call: Call) -> Fact:
+    """An output of the type of the inputs."""
+    found = [integers(fact) for fact in call.facts if fact is not None]
+    types = [codes.type for codes in found if codes is not None and codes.type is not None]
+    return Codes(types[0].lo, types[0].hi, ONE, type=types[0]) if types else call.unknown()
+
+
+def addition(call: Call) -> list[Fact]:
+    """Add, Sub or Sum: of two tensors of codes with one scale it is the codes' own, else an interval."""
+    if call.node.kind != "Sum" and any(constant_or_none(call, i) is not None for i in range(len(call.facts))):
+        return scaled(call)
+    facts = [call.fact(i) for i in range(len(call.facts))]
+    if call.node.kind == "Sub":
+        lo, hi = interval(facts[1])
+        if any(isinstance(f, Codes) and f.type is not None for f in facts):
+            return [_anything(call)]
+        return [replace(call.unknown(), lo=interval(facts[0])[0] - hi, hi=interval(facts[0])[1] - lo)]
+    codes = [f for f in facts if isinstance(f, Codes) and not f.per_axis and f.values is None]
+    if len(codes) == len(facts) and all(
+        c.type is None and c.scale is not None and c.scale == codes[0].scale for c in codes
+    ):
+        zeros = [c.zero for c in codes if not isinstance(c.zero, IntFormat)]
+        if len(zeros) == len(codes):
+            zero = np.sum(zeros, axis=0)
+            return [replace(codes[0], lo=sum(c.lo for c in codes), hi=sum(c.hi for c in codes), zero=zero)]
+    if any(isinstance(f, Codes) and f.type is not None for f in facts):
+        return [_anything(call)]
+    spans = [interval(f) for f in facts]
+    return [replace(call.unknown(), lo=sum(lo for lo, _ in spans), hi=sum(hi for _, hi in spans))]
+
+
+def batch_norm(call: Call) -> list[Fact]:
+    if call.node.get("training_mode", 0):
+        return [call.unknown()]
+    scale, bias, mean, var = (call.array(i, "statistics").astype(np.float64) for i in range(1, 5))
+    factor = scale / np.sqrt(var + call.node.get("epsilon", 1e-5))
+    offset = bias - mean * factor
+    if not (np.isfinite(factor).all() and np.isfinite(offset).all()):
+        return [call.unknown()]
+    fact = call.fact(0)
+    if isinstance(fact, Codes) and factor.size > 1:
+        # Along the channels, dimension 1, which `affine` would count from the last: only an interval is kept.
+        fact = Reals("its codes are scaled by a batch-norm, channel by channel", *interval(fact))
+    if isinstance(fact, Constant):
+        return [call.unknown()]
+    lo, hi = interval(affine(fact, factor.reshape(-1), offset.reshape(-1)))
+    reason = fact.reason if isinstance(fact, Reals) else "its codes are scaled by a batch-norm"
+    return [Reals(reason, lo, hi)]
+
+
+def average(call: Call) -> list[Fact]:
+    """AveragePool: n times finer codes where every output averages n of them, else the same interval."""
+    fact = call.fact(0)
+    lo, hi = interval(fact)
+    kernel = call.node.ints("kernel_shape")
+    plain = not any(call.node.ints("pads")) and not call.node.get("ceil_mode", 0)
+    plain = plain and call.node.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    n = terms_of(call)
+    if (
+        isinstance(fact, Codes)
+        and fact.scale is not None
+        and not isinstance(fact.zero, IntFormat)
+        and n
+        and (plain or not kernel)
+        and fact.type is None
+        and fact.values is None
+    ):
+        return [replace(fact, lo=fact.lo * n, hi=fact.hi * n, scale=fact.scale / n, zero=fact.zero * n)]
+    reason = fact.reason if isinstance(fact, Reals) else f"it is the output of {call.node.kind} '{call.node.name}'"
+    return [Reals(reason, min(lo, 0.0), max(hi, 0.0))]
+
+
+def terms_of(call: Call) -> int | None:
+    """How many values a pooling averages, where the file says it."""
+    if call.node.kind == "AveragePool":
+        return math.prod(call.node.ints("kernel_shape")) or None
+    shape = call.shape(call.node.inputs[0])
+    sizes = [] if shape is None else list(shape[2:])
+    return math.prod(s for s in sizes if s) if sizes and all(sizes) else None
+
+
+def bounded(lo: float, hi: float) -> Handler:
+    """A function whose values lie in [lo, hi]."""
+
+    def handler(call: Call) -> list[Fact]:
+        return [replace(call.unknown(), lo=lo, hi=hi)]
+
+    return handler
+
+
+def resized(call: Call) -> list[Fact]:
+    mode = call.node.get("mode", "nearest")
+    if call.node.get("coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        return [call.unknown()]
+    if mode == "nearest":
+        return selected(call)
+    if mode == "linear":
+        fact = call.fact(0)
+        return [replace(call.unknown(), lo=min(0.0, interval(fact)[0]), hi=max(0.0, interval(fact)[1]))]
+    return [call.unknown()]
+
+
+def constant_node(call: Call) -> list[Fact]:
+    attributes = call.node.attributes
+    name = call.node.outputs[0]
+    if isinstance(attributes.get("value"), Constant):
+        value: Constant = attributes["value"]
+        return [replace(value, origin=replace(value.origin, name=name))]
+    for key, dtype in (
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+    ):
+        if attributes.get(key) is not None:
+            return [Constant.of(name, np.asarray(attributes[key], dtype))]
+    raise UnreadableError("its value is of a type that is not read")
+
+
+def constant_of_shape(call: Call) -> list[Fact]:
+    shape = tuple(int(d) for d in call.array(0, "shape").reshape(-1))
+    value = call.node.attributes.get("value")
+    fill = value.small.reshape(-1) if isinstance(value, Constant) else np.zeros(1, np.float32)
+    if fill.size != 1 or min(shape, default=0) < 0 or len(shape) > 32:
+        raise UnreadableError("its shape or value is impossible")
+    if math.prod(shape) > SMALL:
+        return [Reals("it is a large constant", float(fill[0]), float(fill[0]))]
+    return [Constant.of(call.node.outputs[0], np.broadcast_to(fill[0], shape))]
+
+
+def shape(call: Call) -> list[Fact]:
+    fact = call.fact(0)
+    values = fact.values if isinstance(fact, Codes) else fact
+    sizes: Any = values.shape if isinstance(values, Constant) else call.shape(call.node.inputs[0])
+    start, end = call.node.get("start", 0), call.node.attributes.get("end")
+    if sizes is None or None in sizes[start:end]:
+        return [Codes(0, 2**63 - 1, ONE, type=IntFormat(-(2**63), 2**63 - 1))]
+    return [Constant.of(call.node.outputs[0], np.asarray(sizes[start:end], np.int64))]
+
+
+def _gather(call: Call, x: Array, index: Array) -> Array:
+    if x.size * index.size > _FOLD**2 // 64:
+        raise UnreadableError("it gathers a large constant")
+    return np.take(x, index.astype(np.int64), axis=call.node.get("axis", 0))
+
+
+def _slice(call: Call, x: Array, *limits: Array) -> Array:
+    if not limits:
+        starts, ends, axes = (call.node.ints(name) for name in ("starts", "ends", "axes"))
+    else:
+        starts, ends, axes = (tuple(limits[i].tolist()) if i < len(limits) else () for i in range(3))
+    steps = limits[3].tolist() if len(limits) > 3 else [1] * len(starts)
+    parts = [slice(None)] * x.ndim
+    for axis, start, end, step in zip(axes or range(len(starts)), starts, ends, steps, strict=True):
+        parts[axis] = slice(start, None if step < 0 and end < -x.shape[axis] else end, step)
+    return x[tuple(parts)]
+
+
+def _cast(call: Call, x: Array) -> Array:
+    return x.astype(ELEMENTS[call.node.get("to", 0)].dtype)
+
+
+def _divide(_: Call, x: Array, y: Array) -> Array:
+    if x.dtype.kind != "f":
+        return np.asarray(np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y)), x.dtype)
+    return np.asarray(x / y)
+
+
+_FOLD = 4096  # elements of the constants of a node that is computed
+
+#: Operations on small constants, which exporters leave in the graph.
+FOLDED: dict[str, Callable[..., Array]] = {
+    "Add": lambda _, x, y: x + y,
+    "Sub": lambda _, x, y: x - y,
+    "Mul": lambda _, x, y: x * y,
+    "Div": _divide,
+    "Neg": lambda _, x: -x,
+    "Abs": lambda _, x: np.abs(x),
+    "Sqrt": lambda _, x: np.sqrt(x),
+    "Reciprocal": lambda _, x: 1 / x,
+    "Exp": lambda _, x: np.exp(x),
+    "Floor": lambda _, x: np.floor(x),
+    "Ceil": lambda _, x: np.ceil(x),
+    "Round": lambda _, x: np.asarray(np.round(x)),
+    "Concat": lambda call, *xs: np.concatenate(xs, axis=call.node.get("axis", 0)),
+    "Gather": _gather,
+    "Slice": _slice,
+    "Cast": _cast,
+}
+
+
+def folded(call: Call) -> list[Fact] | None:
+    """The output of an operation on small constants; None where it is something else."""
+    fold = FOLDED.get(call.node.key)
+    facts = [fact for fact in call.facts if fact is not None]
+    constants = [f for f in facts if isinstance(f, Constant)]
+    if fold is None or len(constants) < len(facts) or sum(f.size for f in constants) > _FOLD:
+        return None
+    if call.node.key == "Cast" and any(f.codes is not None for f in constants):
+        return None  # integers that become floats may be weights
+    arrays = [array for array in map(constant, facts) if array is not None]
+    if math.prod(np.broadcast_shapes(*(a.shape for a in arrays)) if fold in _BROADCAST else ()) > 16 * _FOLD:
+        return None
+    return [Constant.of(call.node.outputs[0], np.asarray(fold(call, *arrays)))]
+
+
+_BROADCAST = [FOLDED[kind] for kind in ("Add", "Sub", "Mul", "Div")]
+
+RANGES: dict[str, Handler] = {
+    **dict.fromkeys(("Identity", "MaxPool", "GlobalMaxPool", "qonnx.MaxPoolNHWC", "qonnx.DebugMarker"), kept),
+    **dict.fromkeys(
+        ("Slice", "Gather", "GatherElements", "GatherND", "Split", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"),
+        selected,
+    ),
+    **dict.fromkeys(("ReverseSequence", "Compress", "ReduceMax", "ReduceMin", "TopK", "CenterCropPad"), selected),
+    "Dropout": dropout,
+    "Transpose": transpose,
+    "Reshape": _reshaper(_reshape),
+    "Flatten": _reshaper(_flatten),
+    "Squeeze": _reshaper(_squeeze),
+    "Unsqueeze": _reshaper(_unsqueeze),
+    "Relu": relu,
+    "Clip": clip,
+    "Max": extremum,
+    "Min": extremum,
+    "Concat": concat,
+    "Where": where,
+    "Pad": pad,
+    "Cast": cast,
+    "Add": addition,
+    "Sub": addition,
+    "Sum": addition,
+    "Mul": scaled,
+    "Div": scaled,
+    "BatchNormalization": batch_norm,
+    "AveragePool": average,
+    "GlobalAveragePool": average,
+    "Resize": resized,
+    "Upsample": resized,
+    **dict.fromkeys(("Sigmoid", "HardSigmoid", "Softmax"), bounded(0, 1)),
+    **dict.fromkeys(("Tanh", "Softsign", "Erf", "Sin", "Cos"), bounded(-1, 1)),
+    **dict.fromkeys(("Abs", "Sqrt", "Exp", "Softplus"), bounded(0, math.inf)),
+    "Constant": constant_node,
+    "ConstantOfShape": constant_of_shape,
+    "Shape": shape,
+}

@@ -1,0 +1,384 @@
+"""Loading: what is refused, external data, tensors that stay in the file, and files that were damaged at random."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+import tracemalloc
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from accaware.onnx import wire
+from accaware.onnx.graph import load
+from accaware.onnx.read import read
+from onnx_helpers import model, node, only, read_model, save, tensor
+
+W = np.arange(-12, 12, dtype=np.int8).reshape(6, 4)
+
+
+def small(weights=W, nodes=None, **constants):
+    nodes = nodes or [
+        node("QuantizeLinear", "x s z", "q"),
+        node("DequantizeLinear", "q s z", "d"),
+        node("DequantizeLinear", "w s", "f"),
+        node("MatMul", "d f", "y"),
+    ]
+    grid = {"s": np.float32(0.5), "z": np.uint8(3), "w": weights, **constants}
+    return model(nodes, {"x": [2, len(weights) if isinstance(weights, np.ndarray) else 6]}, {"y": None}, grid)
+
+
+def refused(made, folder, match):
+    path = save(made, folder) if not isinstance(made, bytes) else folder / "net.onnx"
+    if isinstance(made, bytes):
+        path.write_bytes(made)
+    with pytest.raises(ValueError, match=match) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_damaged_files(tmp_path) -> None:
+    good = small().SerializeToString()
+    refused(b"", tmp_path, "empty")
+    refused(b"not a model", tmp_path, "not an ONNX model")
+    refused(good[:-20], tmp_path, "not an ONNX model")
+    refused(onnx.ModelProto(ir_version=8).SerializeToString(), tmp_path, "no graph")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "absent.onnx")
+    with pytest.raises(IsADirectoryError):
+        read(tmp_path)
+
+
+def changed(change):
+    made = small()
+    change(made.graph, {t.name: t for t in made.graph.initializer})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda g, t: t["w"].dims.append(10**9), "24 bytes of data"),
+        (lambda g, t: t["w"].dims.append(-1), "impossible"),
+        (lambda g, t: t["w"].dims.extend([2**40] * 3), "impossible"),
+        (lambda g, t: t["w"].ClearField("raw_data"), "0 values of data"),
+        (lambda g, t: g.initializer.append(t["w"]), "two initializers 'w'"),
+        (lambda g, t: g.initializer.remove(t["w"]), "reads 'w', which nothing"),
+        (lambda g, t: g.node.append(g.node[0]), "'q' is computed twice"),
+        (lambda g, t: g.node[3].output.append("s"), "'s' is computed twice"),
+        (lambda g, t: g.node.reverse(), "which nothing before it"),
+        (lambda g, t: g.node[0].input.__setitem__(0, "y"), "reads 'y', which nothing before it"),
+        (lambda g, t: g.output.append(helper.make_tensor_value_info("o", 1, None)), "'o' is computed by no node"),
+        (lambda g, t: g.input.append(g.input[0]), "two graph inputs"),
+    ],
+)
+def test_impossible_graphs(change, match, tmp_path) -> None:
+    refused(changed(change), tmp_path, match)
+
+
+def test_names_that_are_no_text(tmp_path) -> None:
+    refused(small().SerializeToString().replace(b"MatMul", b"Mat\xff\xfel"), tmp_path, "no text")
+
+
+def external(folder, location, data=None, **entries):
+    made = small()
+    (weights,) = [t for t in made.graph.initializer if t.name == "w"]
+    data = weights.raw_data if data is None else data
+    weights.ClearField("raw_data")
+    weights.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **entries}.items():
+        weights.external_data.add(key=key, value=str(value))
+    if location and not location.startswith(("/", "..")):
+        (folder / location).parent.mkdir(exist_ok=True, parents=True)
+        (folder / location).write_bytes(data)
+    return made
+
+
+def test_external_data(tmp_path) -> None:
+    plain = only(read_model(small(), tmp_path))
+    made = external(tmp_path, "net.data", b"12345" + W.tobytes(), offset=5, length=24)
+    network = read_model(made, tmp_path)
+    assert (only(network).rows.raw() == plain.rows.raw()).all()
+    path = tmp_path / "net.onnx"
+    wanted = hashlib.sha256(path.read_bytes())
+    wanted.update(b"net.data\0" + hashlib.sha256((tmp_path / "net.data").read_bytes()).digest())
+    assert network.sha256 == wanted.hexdigest()
+    assert read_model(small(), tmp_path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    below = read_model(external(tmp_path, "sub/net.data"), tmp_path)
+    assert (only(below).rows.raw() == plain.rows.raw()).all()
+
+
+def test_external_data_that_is_refused(tmp_path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(24))
+    (folder / "link").symlink_to(tmp_path / "secret")
+    for location in ("../secret", str(tmp_path / "secret")):
+        refused(external(folder, location), folder, "no file in")
+    for location in ("", ".", "absent/../../secret", "link", "absent"):
+        refused(_placed(location), folder, "no file in")
+    refused(_placed("a\0b"), folder, "null")
+    refused(external(folder, "short", b"123"), folder, "outside its data file")
+    refused(external(folder, "far", offset=10), folder, "outside its data file")
+    refused(external(folder, "back", offset=-1), folder, "outside its data file")
+    refused(external(folder, "length", length=23), folder, "23 bytes of data")
+    refused(external(folder, "word", offset="x"), folder, "no number")
+
+
+def _placed(location):
+    made = small()
+    (weights,) = [t for t in made.graph.initializer if t.name == "w"]
+    weights.ClearField("raw_data")
+    weights.data_location = TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value=location)
+    return made
+
+
+BOMBS = {
+    "constant of shape": [node("ConstantOfShape", "big", "c"), node("Add", "d c", "y")],
+    "expanded": [node("Expand", "s big", "c"), node("Add", "d c", "y")],
+    "range": [node("Range", "zero far one", "c"), node("Add", "d c", "y")],
+    "product of vectors": [node("Mul", "col row", "c"), node("Mul", "c c", "c2"), node("Add", "d c2", "y")],
+    "weights": [node("ConstantOfShape", "big", "c"), node("MatMul", "d c", "y")],
+    "slice": [node("Slice", "big zero far", "c"), node("Add", "d c", "y")],
+    "kernel": [
+        node("Unsqueeze", "long ax", "l"),
+        node("Cast", "l", "k", to=1),
+        node("ConvTranspose", "d k", "y", strides=[99999]),
+    ],
+    "strides": [node("ConvTranspose", "d f", "y", strides=[2**40], dilations=[2**40])],
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_take_no_memory(bomb, tmp_path) -> None:
+    nodes = [
+        node("QuantizeLinear", "x s z", "q"),
+        node("DequantizeLinear", "q s z", "d"),
+        node("DequantizeLinear", "w s", "f"),
+        *BOMBS[bomb],
+    ]
+    constants = {
+        "big": np.array([10**6, 10**6]),
+        "zero": np.array([0]),
+        "far": np.array([10**15]),
+        "one": np.array([1]),
+        "long": np.ones(10**6, np.int8),
+        "ax": np.array([0, 1]),
+        "col": np.ones((4000, 1), np.float32),
+        "row": np.ones((1, 4000), np.float32),
+    }
+    path = save(small(nodes=nodes, **constants), tmp_path)
+    tracemalloc.start()
+    read(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_weights_that_are_made_again_and_again(tmp_path, monkeypatch) -> None:
+    """Every node makes new integers of the same floats."""
+    monkeypatch.setattr("accaware.onnx.read._MADE_WEIGHTS", 0)
+    nodes = [*small().graph.node[:2]]
+    for i in range(200):
+        nodes += [node("QuantizeLinear", "w s", f"q{i}"), node("DequantizeLinear", f"q{i} s", f"f{i}")]
+        nodes.append(node("MatMul", f"d f{i}", f"y{i}", "one name"))
+    nodes.append(node("Identity", "y0", "y"))
+    path = save(small(np.ones((64, 64), np.float32), nodes), tmp_path)
+    network = read(path)
+    made = sum(op.rows.weights.nbytes for op in network.products)
+    assert 0 < made < 17 * path.stat().st_size
+    assert len(network.unproven) + len(network.products) == 200
+    assert "far more weights" in network.unproven[-1].reason
+    assert network.operations[-1].name == "one name#200"
+
+
+def test_many_of_everything_take_no_time(tmp_path) -> None:
+    empty = helper.make_graph([], "e", [], [])
+    nodes = [*small().graph.node[:3], *(node("If", "c", "", "same", then_branch=empty) for _ in range(2000))]
+    nodes += [node("Concat", "k k", f"k{i}", axis=0) for i in range(2000)]
+    made = small(nodes=[*nodes, node("MatMul", "d f", "y")], c=np.array(True), k=np.ones(2000))
+    path = save(made, tmp_path)
+    start = time.process_time()
+    tracemalloc.start()
+    assert len(read(path).products) == 1
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+    assert time.process_time() - start < 10
+
+
+def test_nested_subgraphs(tmp_path) -> None:
+    inner = helper.make_graph([node("MatMul", "d f", "y0")], "g", [], [helper.make_tensor_value_info("y0", 1, None)])
+    for i in range(1, 20):
+        deeper = node("If", "c", f"y{i}", then_branch=inner, else_branch=helper.make_graph([], "e", [], []))
+        inner = helper.make_graph([deeper], "g", [], [helper.make_tensor_value_info(f"y{i}", 1, None)])
+    made = small(c=np.array(True))
+    made.graph.node[3].CopyFrom(node("If", "c", "y", then_branch=inner))
+    assert len(read_model(made, tmp_path).products) == 1
+    deep = bytes(8)
+    for number in [6, 5, 1] * 2000:  # a graph of a node of an attribute of a graph ...
+        deep = bytes([number << 3 | 2]) + wire._varint(len(deep)) + deep
+    refused(bytes([7 << 3 | 2]) + wire._varint(len(deep)) + deep, tmp_path, "not an ONNX model")
+
+
+def test_large_tensors_stay_in_the_file(tmp_path) -> None:
+    weights = np.random.default_rng(0).integers(-128, 128, (2048, 1024), np.int8)
+    constant = node("Constant", "", "k", value=tensor("k", weights[:1024]))
+    constant.ClearField("input")
+    nodes = [*small().graph.node, constant, node("DequantizeLinear", "k s", "g"), node("MatMul", "y g", "u")]
+    path = save(small(weights, nodes), tmp_path)
+    tracemalloc.start()
+    network = read(path)
+    rows = network.products[0].rows.raw()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < weights.size / 8
+    assert (rows == weights.T).all()
+    assert np.shares_memory(rows, network.products[0].rows.weights)
+    assert "known codes" in network.unproven[0].reason  # its weights, in a node, are read too
+    assert (load(path).graph.nodes[4].attributes["value"].array == weights[:1024]).all()
+
+
+def test_a_cut_model_is_the_same_model() -> None:
+    weights = np.arange(40000, dtype=np.float32).reshape(200, 200)
+    nested = helper.make_graph(
+        [node("Identity", "v", "y")], "g", [], [helper.make_tensor_value_info("y", 1, None)], [tensor("v", weights + 1)]
+    )
+    made = small(weights)
+    made.graph.node.append(node("If", "c", "u", then_branch=nested))
+    data = made.SerializeToString()
+    stripped = wire.cut(memoryview(data))
+    assert len(stripped.message) < 4096
+    parsed = onnx.ModelProto.FromString(stripped.message)
+    large = [parsed.graph.initializer[2], parsed.graph.node[-1].attribute[0].g.initializer[0]]
+    for tensor_, values in zip(large, (weights, weights + 1), strict=True):
+        tensor_.raw_data = bytes(stripped.data(tensor_.raw_data))
+        assert tensor_.raw_data == values.tobytes()
+    assert parsed == made
+
+
+def test_no_file_can_forge_a_view(tmp_path) -> None:
+    token = bytes(16) + (0).to_bytes(8, "little") + (24).to_bytes(8, "little")
+    weights = np.frombuffer(token, np.int8).reshape(8, 4)
+    assert (only(read_model(small(weights), tmp_path)).rows.raw() == weights.T).all()
+
+
+# Damage at random.
+
+
+def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.2:
+        return data[: rng.randrange(len(data))]
+    broken = bytearray(data)
+    for _ in range(rng.choice([1, 2, 8])):
+        place = rng.randrange(len(broken))
+        if rng.random() < 0.6:
+            broken[place] = rng.randrange(256)
+        else:
+            broken[place : place + rng.randrange(8)] = rng.randbytes(rng.randrange(8))
+    return bytes(broken)
+
+
+def damaged_graph(data: bytes, rng: random.Random) -> bytes:
+    made = onnx.ModelProto.FromString(data)
+    graph = made.graph
+    op, constant = rng.choice(graph.node), rng.choice(graph.initializer)
+    names = [t.name for t in graph.initializer] + [o for n in graph.node for o in n.output] + ["", "absent"]
+    for change in rng.sample(range(8), 2):
+        if change == 0 and op.input:
+            op.input[rng.randrange(len(op.input))] = rng.choice(names)
+        elif change == 1:
+            op.op_type = rng.choice(graph.node).op_type
+        elif change == 2:
+            del op.input[rng.randrange(len(op.input) + 1) :]
+        elif change == 3 and constant.dims:
+            constant.dims[rng.randrange(len(constant.dims))] = rng.choice([0, -1, 1, 2, 10**12, 2**62])
+        elif change == 4:
+            constant.data_type = rng.randrange(29)
+        elif change == 5:
+            for attribute in op.attribute:
+                attribute.i = rng.choice([-1, 0, 5, 2**62, -(2**63)])
+                attribute.f = rng.choice([0.0, -1.0, float("nan"), float("inf")])
+                attribute.ints[:] = [rng.choice([-1, 0, 5, 2**40]) for _ in attribute.ints]
+        elif change == 6:
+            constant.raw_data = rng.randbytes(len(constant.raw_data))
+        else:
+            graph.node.remove(op)
+            break
+    return made.SerializeToString()
+
+
+def sources() -> list[bytes]:
+    """Files of every dialect."""
+    rng = np.random.default_rng(0)
+    qonnx, qdq = "qonnx.custom_op.general", [*small().graph.node]
+    conv = [
+        node("Quant", "x s zero bits", "d", domain=qonnx),
+        node("Quant", "w4 wc zero bits", "f", domain=qonnx),
+        node("Conv", "d f", "c", pads=[1, 1, 1, 1], group=2),
+        node("BatchNormalization", "c v v v v", "n"),
+        node("Relu", "n", "r"),
+        node("Trunc", "r s zero bits two", "t", domain=qonnx),
+        node("Transpose", "t", "u", perm=[0, 2, 3, 1]),
+        node("BipolarQuant", "w s", "b", domain=qonnx),
+        node("MatMul", "u b", "y"),
+    ]
+    qoperator = [
+        node("QuantizeLinear", "x s z", "q"),
+        node("QLinearConv", "q s z w8 wc1 z8 s z bias", "c", strides=[2, 2]),
+        node("ConvTranspose", "c8 f8", "e", strides=[2, 2], dilations=[1, 2]),
+        node("QLinearMatMul", "c s z w s z0 s z", "y"),
+    ]
+    qoperator[2:2] = [node("DequantizeLinear", "c s z", "c8"), node("DequantizeLinear", "w8 wc1", "f8", axis=0)]
+    clipped = [*qdq[:2], node("Clip", "w lo hi", "wq"), node("DequantizeLinear", "wq s", "f"), *qdq[3:]]
+    constants = {
+        "zero": np.float32(0),
+        "bits": np.float32(4),
+        "two": np.float32(2),
+        "wc": np.ones((4, 1, 1, 1), np.float32),
+        "wc1": np.array([1, 2, 3, 4], np.float32),
+        "v": np.ones(4, np.float32),
+        "w4": rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        "w8": rng.integers(-8, 8, (4, 3, 3, 3), np.int8),
+        "z8": np.zeros(4, np.int8),
+        "z0": np.int8(0),
+        "bias": np.arange(4, dtype=np.int32),
+        "lo": np.int8(-7),
+        "hi": np.int8(7),
+    }
+    made = [
+        small(),
+        small(nodes=clipped, **constants),
+        small(nodes=conv, **constants),
+        small(nodes=qoperator, **constants),
+    ]
+    floats = W.astype(np.float32)
+    made.append(small(floats, conv, **constants))
+    return [m.SerializeToString() for m in made]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_files_damaged_at_random(seed, tmp_path) -> None:
+    rng = random.Random(seed)
+    path = tmp_path / "net.onnx"
+    outcomes = {"read": 0, "refused": 0, "products": 0}
+    good = sources()
+    for data in good:
+        path.write_bytes(data)
+        assert read(path).operations
+    for _ in range(250):
+        damage = damaged_bytes if rng.random() < 0.4 else damaged_graph
+        path.write_bytes(damage(rng.choice(good), rng))
+        try:
+            network = read(path)
+            for product in network.products:
+                assert product.rows.centred("hwc").shape == (product.rows.count, product.rows.fan_in)
+            outcomes["read"] += 1
+            outcomes["products"] += len(network.products)
+        except ValueError as error:
+            outcomes["refused"] += "\n" not in str(error)
+    assert min(outcomes.values()) > 50
+    assert outcomes["read"] + outcomes["refused"] == 250
