@@ -1,0 +1,146 @@
+"""The second checker: a certificate derived again by other means, one output at a time, in Python integers.
+
+Deliberately simple and slow, and sharing nothing with the first but the readers: no bounds, no integer layer, no
+vectorised sums. What agrees here was not made by one mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from accaware.bounds import Integers
+from accaware.certify.certificate import Certificate, Operation
+from accaware.certify.kernels import onnxruntime_feed
+from accaware.formats import TapOrder
+from accaware.onnx.read import Network, Product, Unproven, parse_input, read
+
+__all__ = ["disagreements"]
+
+
+def disagreements(claimed: Certificate, file: str | Path) -> list[str]:
+    """What a certificate says that the ONNX file does not bear out, one line each; empty where it agrees.
+
+    Raises `OSError` or `ValueError` where the file cannot be read.
+    """
+    network = read(file, dict(map(parse_input, claimed.inputs)))
+    if network.sha256 != claimed.sha256:
+        return [f"the certificate is about another file: sha256 {claimed.sha256}, not {network.sha256}"]
+    return list(_all(claimed, network))
+
+
+def _all(claimed: Certificate, network: Network) -> Iterator[str]:
+    said = {operation.name: operation for operation in claimed.operations}
+    names = [operation.name for operation in network.operations]
+    for name in sorted(said.keys() - set(names)):
+        yield f"{name}: not in the file"
+    for operation in network.operations:
+        op = said.get(operation.name)
+        if op is None:
+            yield f"{operation.name}: not in the certificate"
+        elif isinstance(operation, Product):
+            if op.verdict not in ("unproven", "outside"):
+                yield from _fed(op, operation, claimed)
+            elif op.verdict == "outside":
+                yield f"{op.name}: said to be outside, but its weights and codes are known"
+        elif isinstance(operation, Unproven) and op.verdict != "unproven":
+            yield f"{op.name}: said to be {op.verdict}, but {operation.reason}"
+        elif not isinstance(operation, Unproven) and op.verdict != "outside":
+            yield f"{op.name}: said to be {op.verdict}, but it multiplies by no weights"
+
+
+def _fed(op: Operation, product: Product, claimed: Certificate) -> Iterator[str]:
+    """One operation, with the codes that the runtime of the target feeds to it."""
+    if claimed.target == "onnxruntime-avx2":
+        feed = onnxruntime_feed(product)
+        if op.raw != (feed is not None):
+            yield f"{op.name}: its kernel adds {'stored codes in pairs' if feed else 'in int32'}"
+            return
+        if feed is not None:
+            product = replace(product, codes=feed.codes, zero_range=feed.zero_range)
+    yield from _product(op, product, claimed.bias)
+
+
+def _product(op: Operation, product: Product, bias_is: str) -> Iterator[str]:
+    """One operation: the ranges of every output, then the verdict."""
+    register, codes = op.target, op.codes
+    assert register is not None
+    assert codes is not None
+    if (codes.lo, codes.hi) != (product.codes.lo, product.codes.hi):
+        yield f"{op.name}: input codes are [{product.codes.lo}, {product.codes.hi}], not [{codes.lo}, {codes.hi}]"
+        return
+    zeros = sorted({product.zero_range.lo, product.zero_range.hi})
+    if sorted(set(op.zero_points)) != zeros:
+        yield f"{op.name}: zero points are {zeros}, not {list(op.zero_points)}"
+        return
+    order: TapOrder = "hwc" if register.order == "hwc" else "chw"
+    stored, less_zero = product.rows.raw(order), product.rows.centred(order)
+    if (len(op.lo), op.fan_in) != tuple(stored.shape):
+        yield f"{op.name}: {stored.shape[0]} rows of {stored.shape[1]}, not {len(op.lo)} of {op.fan_in}"
+        return
+    starts = [0] * len(stored) if product.bias is None or bias_is == "outside" else [int(b) for b in product.bias]
+    fits = True
+    for row in range(len(stored)):
+        centred = [int(q) for q in less_zero[row]]
+        tiled = register.tile is not None
+        start, outer_start = (0, starts[row]) if tiled else (starts[row], 0)
+        if op.raw:
+            ends = [min(codes.lo, *zeros, 0), max(codes.hi, *zeros, 0)]
+            inner = _range([int(q) for q in stored[row]], [ends], register.tile, register.order == "any", start)
+        else:
+            ranges = [[min(codes.lo - z, 0), max(codes.hi - z, 0)] for z in zeros]
+            inner = _range(centred, ranges, register.tile, register.order == "any", start)
+        if inner != (op.lo[row], op.hi[row]):
+            yield f"{op.name}: row {row} is in [{inner[0]}, {inner[1]}], not [{op.lo[row]}, {op.hi[row]}]"
+        fits = fits and -(2 ** (register.bits - 1)) <= inner[0] and inner[1] < 2 ** (register.bits - 1)
+        if tiled:
+            ranges = [[min(codes.lo - z, 0), max(codes.hi - z, 0)] for z in zeros]
+            outer = _range(centred, ranges, None, False, outer_start)
+            if outer != (op.outer_lo[row], op.outer_hi[row]):
+                yield f"{op.name}: row {row} spills to [{outer[0]}, {outer[1]}], not as certified"
+            fits = fits and -(2 ** (register.outer_bits - 1)) <= outer[0] and outer[1] < 2 ** (register.outer_bits - 1)
+    if fits != (op.verdict == "proven"):
+        yield f"{op.name}: said to be {op.verdict}, but it {'fits' if fits else 'does not fit'}"
+    if op.witness is not None and not _overflows(op, product, stored, less_zero, starts):
+        yield f"{op.name}: its witness does not overflow"
+
+
+def _overflows(op: Operation, product: Product, stored: Integers, less_zero: Integers, starts: list[int]) -> bool:
+    """Whether the witness is an input of the file and its sum, product by product, is one that does not fit."""
+    found, register = op.witness, op.target
+    assert found is not None
+    assert register is not None
+    raw = op.raw and found.register == "inner"
+    row = [int(q) for q in (stored if raw else less_zero)[found.row]]
+    codes = [int(x) - (0 if raw else found.zero_point) for x in found.inputs]
+    products = [q * x for q, x in zip(row, codes, strict=True)]
+    tiled = register.tile is not None
+    if found.register == "outer" or not tiled:
+        sums = [starts[found.row] + sum(products)]
+    else:
+        size = register.tile or len(row)
+        if register.order == "any":
+            products.sort(reverse=found.value > 0)
+        sums = [sum(products[first : first + size]) for first in range(0, len(products), size)]
+    bits = register.outer_bits if found.register == "outer" else register.bits
+    possible = product.zero_range.lo <= found.zero_point <= product.zero_range.hi
+    possible = possible and all(product.codes.lo <= x <= product.codes.hi for x in found.inputs)
+    return possible and found.value in sums and not -(2 ** (bits - 1)) <= found.value < 2 ** (bits - 1)
+
+
+def _range(
+    weights: Sequence[int], ranges: Sequence[Sequence[int]], tile: int | None, any_taps: bool, start: int
+) -> tuple[int, int]:
+    """The smallest and the largest sum of any tile, for inputs in any one of `ranges`."""
+    lows, highs = [], []
+    size = len(weights) if tile is None else tile
+    for lo, hi in ranges:
+        low = [min(q * lo, q * hi) for q in weights]
+        high = [max(q * lo, q * hi) for q in weights]
+        if any_taps:
+            low, high = sorted(low), sorted(high, reverse=True)
+        for first in range(0, 1 if any_taps else len(weights), size):
+            lows.append(start + sum(low[first : first + size]))
+            highs.append(start + sum(high[first : first + size]))
+    return min(lows), max(highs)
