@@ -1,10 +1,13 @@
 """Euclidean projections onto the sets that an accumulator can hold; pure functions, batched over leading dimensions.
 
 Real-valued: the l1 ball (Duchi et al. 2008; A2Q+, EP-init) and its zero-centred slice. Integer-valued: the closest
-integers under the exact budget of `accaware.bounds.Budget`, which is optimal (see `project_integers`).
+integers under the exact budget of `accaware.bounds.Budget`, which is optimal (see `project_integers`), or where any
+taps may share a tile (`project_any`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from accaware.bounds import Budget
 
-__all__ = ["holds", "project_integers", "project_l1", "project_l1_zero_centred"]
+__all__ = ["holds", "project_any", "project_capped", "project_integers", "project_l1", "project_l1_zero_centred"]
 
 _BLOCK = 1 << 18  # elements of a matrix that are projected at once on a CPU: their temporaries stay in its cache
 _GAINS = 1 << 23  # gains that the enumeration of coupled budgets sorts at once
@@ -70,10 +73,13 @@ def project_l1_zero_centred(v: Tensor, radius: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: Tensor | None = None) -> Tensor:
+def project_integers(
+    u: Tensor, budget: Budget | Sequence[Budget], qmax: int | Tensor, importance: Tensor | None = None
+) -> Tensor:
     """The integers q closest to u that an accumulator can hold: argmin sum_i h_i (q_i - u_i)^2 under `budget`.
 
-    u: [..., K] float32 or float64, one row of weights divided by their scale; the budget holds for each row.
+    u: [..., K] float32 or float64, one row of weights divided by their scale; the budget, or every one of several
+    (which are no `l1` ones), holds for each row.
     qmax: the largest |q_i|, a number or a tensor that broadcasts to u. importance: h_i > 0, broadcasts to u; default 1.
     Returns integers in the dtype of u (float64 where float32 could not hold a row's sum).
 
@@ -88,18 +94,77 @@ def project_integers(u: Tensor, budget: Budget, qmax: int | Tensor, importance: 
         return _in_blocks(u, budget, qmax, importance)
     if u.shape[-1] * float(qmax.max() if isinstance(qmax, Tensor) else qmax) >= 2**24:
         u = u.double()
-    if budget.l1 is not None:
-        return _fill(u.abs(), budget.l1, qmax, importance) * u.sign()
-    positive, negative = budget.positive, budget.negative
-    if positive is None or negative is None:
-        return _project_coupled(u, budget, qmax, importance)
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    if budgets[0].l1 is not None:
+        return _fill(u.abs(), budgets[0].l1, qmax, importance) * u.sign()
+    positive, negative = [b.positive for b in budgets], [b.negative for b in budgets]
+    if None in positive or None in negative:
+        return _project_coupled(u, budgets, qmax, importance)
+    upper, lower = (min(x for x in caps if x is not None) for caps in (positive, negative))
+    return project_capped(u, upper, lower, qmax, importance)
+
+
+@torch.no_grad()
+def project_capped(
+    u: Tensor, positive: int | Tensor, negative: int | Tensor, qmax: int | Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """`project_integers` where sum q+ <= positive and sum q- <= negative, numbers or tensors [..., 1], one per row.
+
+    >>> project_capped(torch.tensor([[2.6, -1.4], [2.6, -1.4]]), torch.tensor([[3.0], [1.0]]), 1, qmax=7)
+    tensor([[ 3., -1.],
+            [ 1., -1.]])
+    """
     sides = torch.stack([u, -u]).clamp_(min=0)  # at once: small layers cost what their calls cost
-    room = sides.new_tensor([positive, negative]).reshape(2, *[1] * u.ndim)
-    filled = _fill(sides, room, qmax, importance)
+    caps = [torch.as_tensor(cap, dtype=u.dtype, device=u.device) for cap in (positive, negative)]
+    filled = _fill(sides, torch.stack([cap.expand(*u.shape[:-1], 1) for cap in caps]), qmax, importance)
     return filled[0] - filled[1]
 
 
-def _in_blocks(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) -> Tensor:
+@torch.no_grad()
+def project_any(
+    u: Tensor, tile: int, positive: int, negative: int, qmax: int | Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """The integers closest to u of which no `tile` positive ones pass `positive`, no `tile` negative ones `negative`.
+
+    Arguments as in `project_integers`, u: [R, K]; the sums are those of the `tile` largest of each sign, for tiles that
+    any taps may share. With c the `tile`-th largest, all but tile - 1 integers are at most c, and those exceed it by
+    at most limit - tile c together, so every c is tried. Which ones exceed it: those that gain most if they alone do.
+    That is optimal for tiles of two, and for others where all h_i are equal.
+
+    >>> project_any(torch.tensor([[5.0, 4.0, 1.0, -9.0]]), 2, 7, 7, qmax=8)
+    tensor([[ 4.,  3.,  1., -7.]])
+    """
+    top = torch.as_tensor(qmax, dtype=u.dtype, device=u.device).expand_as(u)
+    h = None if importance is None else importance.expand_as(u)
+    up, down = u.clamp(min=0), (-u).clamp(min=0)
+    return _largest_fit(up, tile, positive, top, h) - _largest_fit(down, tile, negative, top, h)
+
+
+def _largest_fit(a: Tensor, tile: int, limit: int, top: Tensor, h: Tensor | None) -> Tensor:
+    """One sign of `project_any`: a, top: [R, K] >= 0."""
+    tile = min(tile, a.shape[-1])
+    wanted = torch.minimum((a - 0.5).ceil().clamp(min=0), top)
+    broken = wanted.topk(tile).values.sum(-1) > limit
+    if not bool(broken.any()):
+        return wanted
+    rows, full, weights = a[broken], wanted[broken], torch.ones_like(a[broken]) if h is None else h[broken]
+    best, least = torch.zeros_like(rows), (weights * rows**2).sum(-1)
+    for c in range(min(limit // tile, int(full.max())) + 1):
+        q = full.clamp(max=c)
+        alone = torch.minimum(full, torch.full_like(full, limit - (tile - 1) * c))
+        gain = weights * ((q - rows) ** 2 - (alone - rows) ** 2)
+        chosen = gain.topk(tile - 1).indices
+        x, room, w = (t.gather(-1, chosen) for t in (rows - c, full - q, weights))
+        if tile > 1:
+            q.scatter_add_(-1, chosen, _fill(x.clamp(min=0), limit - tile * c, room, w))
+        error = (weights * (q - rows) ** 2).sum(-1)
+        better = error < least
+        best[better], least = q[better], torch.minimum(error, least)
+    wanted[broken] = best
+    return wanted
+
+
+def _in_blocks(u: Tensor, budget: Budget | Sequence[Budget], qmax: int | Tensor, h: Tensor | None) -> Tensor:
     """`project_integers` a few rows at a time."""
     rows = u.flatten(0, -2)
     limits = qmax.expand_as(u).flatten(0, -2) if isinstance(qmax, Tensor) else None
@@ -113,10 +178,11 @@ def _in_blocks(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) 
     return torch.cat(done).reshape(u.shape)
 
 
-def holds(q: Tensor, budget: Budget) -> Tensor:
-    """Whether each row of integers is within the budget, decided in Python integers. q: [..., K] -> bool [...]."""
-    p, n = q.clamp(min=0).sum(-1).long(), (-q).clamp(min=0).sum(-1).long()
-    safe = budget.allows(p.cpu().numpy(), n.cpu().numpy())
+def holds(q: Tensor, budget: Budget | Sequence[Budget]) -> Tensor:
+    """Whether each row of integers is within every budget, decided in Python integers. q: [..., K] -> bool [...]."""
+    p, n = (side.clamp(min=0).sum(-1).long().cpu().numpy() for side in (q, -q))
+    budgets = (budget,) if isinstance(budget, Budget) else budget
+    safe = np.logical_and.reduce([b.allows(p, n) for b in budgets])
     return torch.as_tensor(np.asarray(safe, dtype=bool), device=q.device)
 
 
@@ -161,7 +227,7 @@ def _fill(a: Tensor, limit: int | Tensor, qmax: int | Tensor, h: Tensor | None) 
     return q + torch.minimum((left - tied.cumsum(-1) + tied).clamp_(min=0), tied)
 
 
-def _project_coupled(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | None) -> Tensor:
+def _project_coupled(u: Tensor, budget: Sequence[Budget], qmax: int | Tensor, h: Tensor | None) -> Tensor:
     """`project_integers` where positive and negative weights share both ends of the register (signed inputs)."""
     top = torch.as_tensor(qmax, dtype=u.dtype, device=u.device)
     q = torch.minimum((u.abs() - 0.5).ceil_().clamp_(min=0), top) * u.sign()
@@ -184,22 +250,34 @@ def _project_coupled(u: Tensor, budget: Budget, qmax: int | Tensor, h: Tensor | 
     return q
 
 
-def _best_split(u: Tensor, budget: Budget, top: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+def _best_split(u: Tensor, budgets: Sequence[Budget], top: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
     """How many units the positive and the negative weights of each row get; u: [R, K], returns two of [R, 1].
 
     With F(p) and G(n) the sums of the p and n largest gains of the two sides, both concave, every p is tried with the
-    largest n that the budget then allows.
+    largest n that the budgets then allow.
     """
-    assert budget.hi is not None
-    assert budget.lo is not None
-    most = min(budget.hi // max(budget.up, 1), budget.lo // max(budget.down, 1), u.shape[-1] * int(top.max()))
+    most = u.shape[-1] * int(top.max())
+    for budget in budgets:
+        most = min(most, *(limit // x for x, limit in _slopes(budget, "p") if x))
     p = torch.arange(most + 1, device=u.device)
-    n = torch.minimum((budget.hi - budget.up * p) // budget.down, (budget.lo - budget.down * p) // budget.up)
+    n = torch.full_like(p, u.shape[-1] * int(top.max()))
+    for budget in budgets:
+        for (x, limit), (y, _) in zip(_slopes(budget, "p"), _slopes(budget, "n"), strict=True):
+            if y:
+                n = torch.minimum(n, (limit - x * p) // y)
     gain_p = _prefix_gains(u.clamp(min=0), top, h, most)
     gain_n = _prefix_gains((-u).clamp(min=0), top, h, int(n.max()))
     total = gain_p + gain_n[:, n.clamp(max=gain_n.shape[1] - 1)]
     best = total.argmax(-1)
     return best.unsqueeze(-1).to(u.dtype), n[best].unsqueeze(-1).to(u.dtype)
+
+
+def _slopes(budget: Budget, side: str) -> list[tuple[int, int]]:
+    """The two conditions up p + down n <= hi and down p + up n <= lo, as the slope of one side and the limit."""
+    assert budget.hi is not None
+    assert budget.lo is not None
+    up, down = (budget.up, budget.down) if side == "p" else (budget.down, budget.up)
+    return [(up, budget.hi), (down, budget.lo)]
 
 
 def _prefix_gains(a: Tensor, top: Tensor, h: Tensor | None, most: int) -> Tensor:
