@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ ROOT = Path(accaware.__file__).parent
 
 #: From the top down (docs and design, section 4). A module may import its own line and those above.
 ORDER = [
-    "formats",
+    "formats files",
     "bounds",
     "projections",
     "rows",
@@ -36,7 +37,7 @@ ORDER = [
 ]
 #: These see integers only: importing them must not import torch.
 INTEGER_ONLY = ["formats", "bounds", "integer.layer", "integer.emulate", "integer.reference", "certify.certificate"]
-INTEGER_ONLY += ["certify.proof"]
+INTEGER_ONLY += ["certify.proof", "certify.report", "certify.files", "certify.second", "certify.targets", "onnx.read"]
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -86,6 +87,20 @@ def test_a_module_imports_only_what_stands_above(module):
             assert name in {*accaware.__all__, "__version__"}, f"{module} imports {name}"
         else:
             assert above <= rank(module), f"{module} imports {name}, which stands below it"
+
+
+ONNX_MAY_IMPORT = {"formats", "bounds", "integer.layer"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_readers_know_onnx(module):
+    found = set(imports(module))
+    if module.startswith("onnx"):
+        above = {name for name in found if not name.startswith("onnx")}
+        assert {name for name in above if not any(name.startswith(m + ".") for m in ONNX_MAY_IMPORT)} == set()
+    else:
+        text = source(module)
+        assert re.search(r"^\s*(import|from) onnx", text, re.MULTILINE) is None
 
 
 @pytest.mark.parametrize("module", INTEGER_ONLY)

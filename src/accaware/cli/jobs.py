@@ -1,26 +1,14 @@
-"""The command line: `accaware train`, `accaware ptq`. Heavy modules load inside the commands: --help is fast."""
+"""`accaware train` and `accaware ptq`."""
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from accaware.cli import app
 from accaware.experiments.settings import Settings
-
-app = typer.Typer(
-    name="accaware",
-    help="Integer neural networks whose dot products provably fit a narrow accumulator.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-#: typer brings its own copy of click or uses the installed one; either way this is its class of usage errors
-_UsageError: Any = typer.BadParameter.__mro__[1]
 
 _Option = typer.Option
 DATA, QUANT, TRAIN, RUN = "Data and model", "Quantization", "Training", "Run"
@@ -183,50 +171,3 @@ def _values(context: typer.Context) -> dict[str, Any]:
 def _stated(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-# errors --------------------------------------------------------------------------------------------------------------
-
-
-def run(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code; whatever the user can put right becomes one line on stderr.
-
-    Set ACCAWARE_TRACEBACK to see where such an error comes from.
-    """
-    warnings.showwarning = _show_warning
-    try:
-        words = sys.argv[1:] if arguments is None else arguments
-        done = app(args=words or ["--help"], standalone_mode=False, prog_name="accaware")
-        return done if isinstance(done, int) else 0
-    except typer.Exit as stop:
-        return stop.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted", 130)
-    except _UsageError as error:
-        return _say(error.format_message(), 2)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "accaware":
-            raise
-        return _say(f"{error.name} is not installed; pip install 'accaware[all]' brings everything", 2)
-    except OSError as error:
-        return _say(_os_error(error), 2)
-    except (ValueError, TypeError) as error:
-        if os.environ.get("ACCAWARE_TRACEBACK"):
-            raise
-        return _say(str(error), 2)
-
-
-def _os_error(error: OSError) -> str:
-    if error.filename is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
-
-
-def _say(message: str, code: int) -> int:
-    print("accaware:", " ".join(message.split()), file=sys.stderr)
-    return code
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if category is UserWarning:  # ours; other people's deprecations are not the user's business
-        _say(f"warning: {message}", 0)
