@@ -35,13 +35,13 @@ def test_normalisation_is_that_of_the_formula() -> None:
 
 
 def test_augmentation_crops_and_flips_each_image() -> None:
-    pixels = random_images(40, 0, size=16).pixels
+    pixels = random_images(40, 0, size=32).pixels
     got = augment(pixels, generator(5))
     offsets = set()
     for before, after in zip(pixels, got, strict=True):
-        padded = torch.zeros(3, 20, 20, dtype=torch.uint8)
-        padded[:, 2:18, 2:18] = before
-        windows = {(y, x, f): padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5) for f in (0, 1)}
+        padded = torch.zeros(3, 36, 36, dtype=torch.uint8)
+        padded[:, 2:34, 2:34] = before
+        windows = {(y, x, f): padded[:, y : y + 32, x : x + 32] for y in range(5) for x in range(5) for f in (0, 1)}
         found = [k for k, w in windows.items() if torch.equal(w.flip(2) if k[2] else w, after)]
         assert len(found) == 1
         offsets.add(found[0])

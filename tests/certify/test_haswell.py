@@ -1,0 +1,115 @@
+"""The real thing: onnxruntime's AVX2 kernels saturate where certificates say so, and no more after repair."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from accaware.certify.files import certify_file, file_layers
+from accaware.certify.proof import witnesses
+from accaware.certify.repair import repair_file
+from accaware.certify.targets import TARGETS
+from onnx_helpers import model, node, save
+
+WHERE = TARGETS["onnxruntime-avx2"]
+QEMU = shutil.which("qemu-x86_64")
+CPU = "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid"  # without what the emulator warns that it lacks
+SCRIPT = Path(__file__).with_name("run_model.py")
+
+
+def on_haswell(path, folder, **feeds):
+    """The outputs of a model on a processor with AVX2 and without VNNI."""
+    np.savez(folder / "in.npz", **feeds)
+    words = [QEMU, "-cpu", CPU, sys.executable, str(SCRIPT), *map(str, (path, folder / "in.npz", folder / "out.npz"))]
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment = kept | one | {"PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(
+        words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=240
+    )
+    with np.load(folder / "out.npz") as found:
+        return dict(found)
+
+
+def matmul(folder, weights):
+    """MatMulInteger of u8 codes [B, K] and s8 weights [K, O]."""
+    made = model(
+        [node("MatMulInteger", "x w", "y", "op")], {"x": (2, ["b", len(weights)])}, {"y": (6, None)}, {"w": weights}
+    )
+    return save(made, folder)
+
+
+def conv(folder, weights, scale):
+    """QLinearConv of u8 codes [1, C, 4] and s8 weights [O, C, 1]; the output is sum * scale."""
+    constants = {"one": np.float32(1), "z": np.uint8(0), "w": weights, "zw": np.int8(0), "sy": np.float32(1 / scale)}
+    constants["zy"] = np.uint8(128)
+    nodes = [node("QLinearConv", "x one z w one zw sy zy", "y", "op", kernel_shape=[1])]
+    shape = [1, weights.shape[1], 4]
+    return save(model(nodes, {"x": (2, shape)}, {"y": (2, None)}, constants), folder)
+
+
+@pytest.fixture(scope="module")
+def haswell(tmp_path_factory):
+    if QEMU is None or platform.machine() != "x86_64":
+        pytest.skip("needs qemu-x86_64 (Debian: qemu-user) on an x86-64 machine")
+    folder = tmp_path_factory.mktemp("canary")
+    path = matmul(folder, np.full((64, 1), 127, np.int8))
+    found = on_haswell(path, folder, x=np.full((1, 64), 255, np.uint8))["y"].item()
+    if found != 1048544:
+        pytest.skip(f"this emulator does not run the saturating kernel: {found}, and not 1048544")
+
+
+def test_witnesses_make_matrix_products_wrong_and_repair_makes_them_right(haswell, tmp_path):
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-128, 128, (9, 24), dtype=np.int8)
+    weights[:, ::3] //= 2  # rows that are safe
+    path = matmul(tmp_path, weights)
+    (layer,) = file_layers(path, WHERE)
+    found = list(witnesses(layer))
+    refuted = sorted(w.row for w in found)
+    assert 8 <= len(refuted) <= 16
+    inputs = np.array([w.inputs for w in found], np.uint8)
+    heavy = rng.choice([0, 255, 254], (400, 9), p=[0.3, 0.5, 0.2]).astype(np.uint8)
+    batch = np.concatenate([inputs, heavy])
+    exact = batch.astype(np.int64) @ weights
+    real = on_haswell(path, tmp_path, x=batch)["y"]
+    assert all(real[i, w.row] != exact[i, w.row] for i, w in enumerate(found))
+    assert sorted(set(np.argwhere(real != exact)[:, 1])) == refuted  # no other row is ever wrong
+
+    fixed = tmp_path / "repaired.onnx"
+    repair_file(path, fixed, WHERE)
+    assert certify_file(fixed, WHERE).holds
+    (repaired,) = file_layers(fixed, WHERE)
+    batch = np.concatenate([batch, rng.integers(0, 256, (100, 9), dtype=np.uint8)])
+    assert (on_haswell(fixed, tmp_path, x=batch)["y"] == batch.astype(np.int64) @ repaired.rows.T).all()
+    assert (repaired.rows != weights.T).any(axis=1).nonzero()[0].tolist() == refuted
+
+
+def test_convolutions_pair_channels(haswell, tmp_path):
+    weights = np.array([[127, 127, 0, 0], [127, 0, 127, 0], [-128, -1, 0, 0], [64, 64, -64, -64]], np.int8)[..., None]
+    path = conv(tmp_path, weights, scale=1 / 600)
+    (op,) = certify_file(path, WHERE).operations
+    (layer,) = file_layers(path, WHERE)
+    assert sorted(w.row for w in witnesses(layer)) == [0, 2]
+    assert op.verdict == "refuted"
+    batch = np.full((1, 4, 4), 255, np.uint8)
+    batch[:, 2:, :2] = 0
+    exact = np.einsum("oc,bcl->bol", weights[..., 0].astype(int), batch.astype(int))
+    real = on_haswell(path, tmp_path, x=batch)["y"].astype(int)
+    expected = np.clip(np.rint(exact / 600) + 128, 0, 255)
+    wrong = (np.abs(real - expected) > 1).any(axis=(0, 2))
+    assert wrong.tolist() == [True, False, False, False]  # row 2 is off by one unit of the sum
+
+    fixed = tmp_path / "repaired.onnx"
+    repair_file(path, fixed, WHERE)
+    (repaired,) = file_layers(fixed, WHERE)
+    sums = np.einsum("oc,bcl->bol", repaired.rows.astype(int), batch.astype(int)) * repaired.scale[:, None]
+    real = on_haswell(fixed, tmp_path, x=batch)["y"].astype(int)
+    assert np.abs(real - np.clip(sums / 600 + 128, 0, 255)).max() <= 0.51
