@@ -594,3 +594,14 @@ def test_the_page_is_drawn_light_and_dark(browser: str, tmp_path: Path) -> None:
             pixels = {colour: number for number, colour in picture.convert("RGB").getcolors(2**24)}
         for colour, least in ((page, 100_000), (card, 100_000), (red, 1000)):
             assert pixels.get(tuple(bytes.fromhex(colour)), 0) > least, (scheme, colour)
+
+
+def test_the_page_says_what_the_target_assumes() -> None:
+    op = outside("pool", "AveragePool", None, "")
+    cert = Certificate(1, "x", SHA, (op,), "avx2 <b>", "pairs of taps & more", "inside", ("x=uint8:0.5", "y=int4"))
+    head = facts(Page(html(cert)).find("header")[0])
+    assert head["target"] == "avx2 <b>"
+    assert head["assumes"] == "pairs of taps & more"
+    assert head["bias"] == "inside the register"
+    assert head["inputs taken as"] == "x=uint8:0.5; y=int4"
+    assert not {"target", "assumes", "bias"} & set(facts(Page(html(Certificate(1, "x", SHA, (op,)))).find("header")[0]))

@@ -102,7 +102,15 @@ def _header(certificate: Certificate, title: str) -> Markup:
         el("h1", _sentence(certificate, counts)),
         _worst(certificate),
         el("ul", *(el("li", tile) for tile in tiles)),
-        facts(sha256=el("code", certificate.sha256), tool=short(certificate.tool), schema=integer(certificate.schema)),
+        facts(
+            target=short(certificate.target),
+            assumes=short(certificate.assumes, 2000),
+            bias=f"{certificate.bias} the register" if certificate.target else "",
+            inputs_taken_as=short("; ".join(certificate.inputs)),
+            sha256=el("code", certificate.sha256),
+            tool=short(certificate.tool),
+            schema=integer(certificate.schema),
+        ),
         class_="proven" if certificate.holds else "refuted",
     )
 
