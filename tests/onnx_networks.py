@@ -78,16 +78,15 @@ LAYERS = {
 
 
 class Samples(q.CalibrationDataReader):
-    def __init__(self, shape):
-        self.samples = iter([{"x": RNG.normal(size=shape).astype(np.float32)} for _ in range(4)])
+    def __init__(self, shape, rng):
+        self.samples = iter([{"x": rng.normal(size=shape).astype(np.float32)} for _ in range(4)])
 
     def get_next(self):
         return next(self.samples, None)
 
 
-def quantized(network, folder, **options):
-    """The network, quantized and loaded again, and a batch for it."""
-    made = NETWORKS[network]()
+def quantize(made, folder, rng, **options):
+    """The file of the quantized network, and the shape of its input; `dynamic`: without calibration."""
     shape = [d.dim_value for d in made.graph.input[0].type.tensor_type.shape.dim]
     source, target = save(made, folder, "float.onnx"), folder / "net.onnx"
     with warnings.catch_warnings():
@@ -95,5 +94,11 @@ def quantized(network, folder, **options):
         if options.pop("dynamic", False):
             q.quantize_dynamic(source, target, **options)
         else:
-            q.quantize_static(source, target, Samples(shape), **options)
+            q.quantize_static(source, target, Samples(shape, rng), **options)
+    return target, shape
+
+
+def quantized(network, folder, **options):
+    """The network, quantized and loaded again, and a batch for it."""
+    target, shape = quantize(NETWORKS[network](), folder, RNG, **options)
     return onnx.load(target), target, {"x": 2 * RNG.normal(size=shape).astype(np.float32)}

@@ -25,6 +25,7 @@ from accaware.formats import Accumulator
 from accaware.onnx.read import read
 from accaware.onnx.write import File
 from onnx_helpers import model, node, save
+from onnx_networks import quantize
 
 T = q.QuantType
 AVX2 = TARGETS["avx2-u8s8"]
@@ -66,25 +67,8 @@ def mlp():
 NETWORKS = {"small": small, "mlp": mlp}
 
 
-class Samples(q.CalibrationDataReader):
-    def __init__(self, shape):
-        rng = np.random.default_rng(0)
-        self.samples = iter([{"x": rng.normal(size=shape).astype(np.float32)} for _ in range(4)])
-
-    def get_next(self):
-        return next(self.samples, None)
-
-
 def quantized(network, folder, **options):
-    made = NETWORKS[network]()
-    shape = [d.dim_value for d in made.graph.input[0].type.tensor_type.shape.dim]
-    source, path = save(made, folder, "float.onnx"), folder / "net.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # onnxruntime's own
-        if options.pop("dynamic", False):
-            q.quantize_dynamic(source, path, **options)
-        else:
-            q.quantize_static(source, path, Samples(shape), **options)
+    path, shape = quantize(NETWORKS[network](), folder, np.random.default_rng(0), **options)
     return path, {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)}
 
 

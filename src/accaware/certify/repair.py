@@ -92,9 +92,9 @@ def repair_file(
 
     inputs, acc_bits: as in `certify_file`. power: by operation, E[x^2] of its input's channels, float64 [C]: errors of
     weights count that much (none: all the same). rescale: whether scales may change; else fewer weights do, by more.
-    The graph and its quantization format stay; weights, their scales (at
-    the file's own granularity, and where nothing else reads them) and the integer biases in their units change.
-    Nothing is written unless every operation of what is written is proven.
+    The graph and its quantization format stay; weights, their scales (at the file's own granularity, and where nothing
+    else reads them) and the integer biases in their units change. Nothing is written unless every operation of what is
+    written is proven.
 
     Raises `ImpossibleError` where an operation is unproven, has no budget, or keeps its weights where they cannot be
     changed; `OSError` or `ValueError` for bad input.
