@@ -16,12 +16,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from accaware.certify.certificate import Certificate as Certificate
     from accaware.certify.model import certify as certify
+    from accaware.exporter.write import export as export
     from accaware.formats import Accumulator as Accumulator
     from accaware.formats import IntFormat as IntFormat
     from accaware.formats import Spec as Spec
     from accaware.integer.convert import integer_layers as integer_layers
     from accaware.integer.convert import wrapping as wrapping
     from accaware.integer.layer import IntegerLayer as IntegerLayer
+    from accaware.integer.network import integer_network as integer_network
     from accaware.layers import QuantIdentity as QuantIdentity
     from accaware.prepare import calibrate as calibrate
     from accaware.prepare import penalty as penalty
@@ -37,7 +39,9 @@ _HOMES = {
     "Spec": "formats",
     "calibrate": "prepare",
     "certify": "certify.model",
+    "export": "exporter.write",
     "integer_layers": "integer.convert",
+    "integer_network": "integer.network",
     "penalty": "prepare",
     "prepare_": "prepare",
     "reestimate_batchnorm": "prepare",

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from accaware.layers import QuantIdentity
 
-__all__ = ["Other", "Trace", "evaluating", "trace"]
+__all__ = ["Other", "Trace", "batchnorm_after", "evaluating", "trace"]
 
 _PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "bmm", "mm", "einsum", "addmm", "baddbmm"}
 _PRODUCTS |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "bilinear"}
@@ -132,6 +133,55 @@ def trace(model: nn.Module, targets: Mapping[str, nn.Module], sample: Tensor | t
         for hook in hooks:
             hook.remove()
     return result
+
+
+class _Readers(TorchFunctionMode):
+    """Counts the functions that read a tensor to compute another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            for value in {id(a) for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)}:
+                self.counts[value] = self.counts.get(value, 0) + 1
+        return out
+
+
+def batchnorm_after(
+    model: nn.Module, layers: Mapping[str, nn.Module], sample: Tensor | tuple[Any, ...]
+) -> dict[str, str]:
+    """layer -> the batch-norm that is the only reader of its output; both run once. One run over `sample` tells."""
+    readers = _Readers()
+    outputs: dict[int, str] = {}
+    alive: list[Tensor] = []  # ids must not be used again
+    after: dict[str, str] = {}
+    runs: dict[str, int] = {}
+
+    def leave(name: str, out: Tensor) -> None:
+        runs[name] = runs.get(name, 0) + 1
+        outputs[id(out)] = name
+        readers.counts[id(out)] = 0  # a tensor that is gone may have had this id
+        alive.append(out)
+
+    def enter(name: str, args: tuple[Any, ...]) -> None:
+        runs[name] = runs.get(name, 0) + 1
+        if args and id(args[0]) in outputs:
+            after[outputs[id(args[0])]] = name
+
+    hooks = [m.register_forward_hook(lambda m, args, out, n=name: leave(n, out)) for name, m in layers.items()]
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    hooks += [m.register_forward_pre_hook(lambda m, args, n=name: enter(n, args)) for name, m in norms.items()]
+    try:
+        with evaluating(model), torch.no_grad(), readers:
+            model(*sample) if isinstance(sample, tuple) else model(sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    alone = {name for identity, name in outputs.items() if readers.counts.get(identity) == 1}
+    return {layer: norm for layer, norm in after.items() if layer in alone and runs[layer] == runs[norm] == 1}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accaware.bounds import Integers, bits_needed, worst_case
+from accaware.certify.carried import Carried
 from accaware.certify.files import targets_of
 from accaware.certify.targets import TARGETS, Target
 from accaware.formats import Accumulator, IntFormat, TapOrder
@@ -119,9 +120,9 @@ class Emulator:
         return codes.lo, codes.hi, float(codes.scale), float(codes.zero)
 
     def _fold(self, target: Target) -> Fold:
-        register = target.accumulator
+        register, bias = target.accumulator, target.bias == "inside"
         one_fold = register.overflow == "wrap" and register.tile is None and not target.raw
-        bias = target.bias == "inside"
+        one_fold = one_fold and not (isinstance(target, Carried) and target.preload)
         return Fold(None if self._exact else register.bits, bias, outside=not (one_fold or self._exact))
 
     def run(self, feeds: Feeds) -> Emulated:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from accaware.bounds import bits_needed
+from accaware.certify.carried import carried
 from accaware.certify.certificate import SCHEMA, TOOL, Certificate, Operation, outside, prove
-from accaware.certify.targets import Target
+from accaware.certify.targets import TARGETS, Target
 from accaware.integer.layer import IntegerLayer
 from accaware.onnx.read import Network, Other, Product, Unproven, parse_input, read
 
@@ -16,7 +17,10 @@ __all__ = ["certify_file", "file_layers", "targets_of"]
 
 
 def certify_file(
-    path: str | Path, target: Target, inputs: Sequence[str] = (), acc_bits: Mapping[str, int] | None = None
+    path: str | Path,
+    target: Target = TARGETS["file"],
+    inputs: Sequence[str] = (),
+    acc_bits: Mapping[str, int] | None = None,
 ) -> Certificate:
     """Prove that no operation of an ONNX file can overflow its register, or show an input that does.
 
@@ -29,20 +33,24 @@ def certify_file(
     """
     network = read(path, dict(map(parse_input, inputs)))
     targets = targets_of(network, target, acc_bits or {})
+    shared = next(iter(targets.values()), target)
     return Certificate(
         SCHEMA,
         TOOL,
         network.sha256,
         tuple(_operations(network, targets)),
-        target=target.name,
-        assumes=target.assumes,
-        bias=target.bias,
+        target=shared.name,
+        assumes=shared.assumes,
+        bias=shared.bias,
         inputs=tuple(inputs),
     )
 
 
 def file_layers(
-    path: str | Path, target: Target, inputs: Sequence[str] = (), acc_bits: Mapping[str, int] | None = None
+    path: str | Path,
+    target: Target = TARGETS["file"],
+    inputs: Sequence[str] = (),
+    acc_bits: Mapping[str, int] | None = None,
 ) -> Iterator[IntegerLayer]:
     """The integer layers that `certify_file` judges, one after the other."""
     network = read(path, dict(map(parse_input, inputs)))
@@ -51,9 +59,15 @@ def file_layers(
 
 
 def targets_of(network: Network, target: Target, acc_bits: Mapping[str, int]) -> dict[str, Target]:
-    """The target of every product by its name. Raises `ValueError` for a pattern that matches none."""
+    """The target of every product by its name; "file" stands for what the file carries, and "int32" where it does not.
+
+    Raises `ValueError` for a pattern that matches none, and for damaged metadata.
+    """
     names = [product.name for product in network.products]
     targets = dict.fromkeys(names, target)
+    if target is TARGETS["file"]:
+        own = carried(network.metadata)
+        targets = {name: own.get(name, TARGETS["int32"]) for name in names}
     for pattern, bits in acc_bits.items():
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:

@@ -6,11 +6,12 @@ vectorised sums. What agrees here was not made by one mistake.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from accaware.bounds import Integers
+from accaware.certify.carried import Carried, carried
 from accaware.certify.certificate import Certificate, Operation
 from accaware.certify.kernels import onnxruntime_feed
 from accaware.formats import TapOrder
@@ -25,12 +26,13 @@ def disagreements(claimed: Certificate, file: str | Path) -> list[str]:
     Raises `OSError` or `ValueError` where the file cannot be read.
     """
     network = read(file, dict(map(parse_input, claimed.inputs)))
+    own = carried(network.metadata) if claimed.target == "file" else {}
     if network.sha256 != claimed.sha256:
         return [f"the certificate is about another file: sha256 {claimed.sha256}, not {network.sha256}"]
-    return list(_all(claimed, network))
+    return list(_all(claimed, network, own))
 
 
-def _all(claimed: Certificate, network: Network) -> Iterator[str]:
+def _all(claimed: Certificate, network: Network, own: Mapping[str, Carried]) -> Iterator[str]:
     said = {operation.name: operation for operation in claimed.operations}
     names = [operation.name for operation in network.operations]
     for name in sorted(said.keys() - set(names)):
@@ -40,8 +42,11 @@ def _all(claimed: Certificate, network: Network) -> Iterator[str]:
         if op is None:
             yield f"{operation.name}: not in the certificate"
         elif isinstance(operation, Product):
-            if op.verdict not in ("unproven", "outside"):
-                yield from _fed(op, operation, claimed)
+            said_outside = op.name in own and not own[op.name].inside
+            if op.name in own and (op.target, op.preload) != (own[op.name].accumulator, own[op.name].preload):
+                yield f"{op.name}: the file carries another register, or other start values"
+            elif op.verdict == "proven" or op.verdict == "refuted" or said_outside:
+                yield from _fed(op, operation, claimed, own[op.name].preload if op.name in own else ())
             elif op.verdict == "outside":
                 yield f"{op.name}: said to be outside, but its weights and codes are known"
         elif isinstance(operation, Unproven) and op.verdict != "unproven":
@@ -50,7 +55,7 @@ def _all(claimed: Certificate, network: Network) -> Iterator[str]:
             yield f"{op.name}: said to be {op.verdict}, but it multiplies by no weights"
 
 
-def _fed(op: Operation, product: Product, claimed: Certificate) -> Iterator[str]:
+def _fed(op: Operation, product: Product, claimed: Certificate, preload: tuple[int, ...]) -> Iterator[str]:
     """One operation, with the codes that the runtime of the target feeds to it."""
     if claimed.target == "onnxruntime-avx2":
         feed = onnxruntime_feed(product)
@@ -59,10 +64,10 @@ def _fed(op: Operation, product: Product, claimed: Certificate) -> Iterator[str]
             return
         if feed is not None:
             product = replace(product, codes=feed.codes, zero_range=feed.zero_range)
-    yield from _product(op, product, claimed.bias)
+    yield from _product(op, product, claimed.bias, preload)
 
 
-def _product(op: Operation, product: Product, bias_is: str) -> Iterator[str]:
+def _product(op: Operation, product: Product, bias_is: str, preload: tuple[int, ...]) -> Iterator[str]:
     """One operation: the ranges of every output, then the verdict."""
     register, codes = op.target, op.codes
     assert register is not None
@@ -80,11 +85,18 @@ def _product(op: Operation, product: Product, bias_is: str) -> Iterator[str]:
         yield f"{op.name}: {stored.shape[0]} rows of {stored.shape[1]}, not {len(op.lo)} of {op.fan_in}"
         return
     starts = [0] * len(stored) if product.bias is None or bias_is == "outside" else [int(b) for b in product.bias]
+    tiled = register.tile is not None
+    tiles = -(-op.fan_in // register.tile) if register.tile else 1
+    if preload and len(preload) != len(stored) * tiles:
+        yield f"{op.name}: {len(preload)} start values do not fit {len(stored)} rows"
+        return
+    inner_starts = [list(preload[row * tiles : (row + 1) * tiles]) for row in range(len(stored))]
+    if not preload:
+        inner_starts = [[0 if tiled else start] for start in starts]
     fits = True
     for row in range(len(stored)):
         centred = [int(q) for q in less_zero[row]]
-        tiled = register.tile is not None
-        start, outer_start = (0, starts[row]) if tiled else (starts[row], 0)
+        start, outer_start = inner_starts[row], starts[row] if tiled else 0
         if op.raw:
             ends = [min(codes.lo, *zeros, 0), max(codes.hi, *zeros, 0)]
             inner = _range([int(q) for q in stored[row]], [ends], register.tile, register.order == "any", start)
@@ -96,17 +108,19 @@ def _product(op: Operation, product: Product, bias_is: str) -> Iterator[str]:
         fits = fits and -(2 ** (register.bits - 1)) <= inner[0] and inner[1] < 2 ** (register.bits - 1)
         if tiled:
             ranges = [[min(codes.lo - z, 0), max(codes.hi - z, 0)] for z in zeros]
-            outer = _range(centred, ranges, None, False, outer_start)
+            outer = _range(centred, ranges, None, False, [outer_start])
             if outer != (op.outer_lo[row], op.outer_hi[row]):
                 yield f"{op.name}: row {row} spills to [{outer[0]}, {outer[1]}], not as certified"
             fits = fits and -(2 ** (register.outer_bits - 1)) <= outer[0] and outer[1] < 2 ** (register.outer_bits - 1)
-    if fits != (op.verdict == "proven"):
+    if op.verdict != "outside" and fits != (op.verdict == "proven"):
         yield f"{op.name}: said to be {op.verdict}, but it {'fits' if fits else 'does not fit'}"
-    if op.witness is not None and not _overflows(op, product, stored, less_zero, starts):
+    if op.witness is not None and not _overflows(op, product, stored, less_zero, starts, inner_starts):
         yield f"{op.name}: its witness does not overflow"
 
 
-def _overflows(op: Operation, product: Product, stored: Integers, less_zero: Integers, starts: list[int]) -> bool:
+def _overflows(
+    op: Operation, product: Product, stored: Integers, less_zero: Integers, starts: list[int], begin: list[list[int]]
+) -> bool:
     """Whether the witness is an input of the file and its sum, product by product, is one that does not fit."""
     found, register = op.witness, op.target
     assert found is not None
@@ -116,13 +130,17 @@ def _overflows(op: Operation, product: Product, stored: Integers, less_zero: Int
     codes = [int(x) - (0 if raw else found.zero_point) for x in found.inputs]
     products = [q * x for q, x in zip(row, codes, strict=True)]
     tiled = register.tile is not None
-    if found.register == "outer" or not tiled:
+    if found.register == "outer":
         sums = [starts[found.row] + sum(products)]
     else:
         size = register.tile or len(row)
-        if register.order == "any":
+        if tiled and register.order == "any":
             products.sort(reverse=found.value > 0)
-        sums = [sum(products[first : first + size]) for first in range(0, len(products), size)]
+        first = begin[found.row]
+        sums = [
+            first[i // size if len(first) > 1 else 0] + sum(products[i : i + size])
+            for i in range(0, len(products), size)
+        ]
     bits = register.outer_bits if found.register == "outer" else register.bits
     possible = product.zero_range.lo <= found.zero_point <= product.zero_range.hi
     possible = possible and all(product.codes.lo <= x <= product.codes.hi for x in found.inputs)
@@ -130,9 +148,9 @@ def _overflows(op: Operation, product: Product, stored: Integers, less_zero: Int
 
 
 def _range(
-    weights: Sequence[int], ranges: Sequence[Sequence[int]], tile: int | None, any_taps: bool, start: int
+    weights: Sequence[int], ranges: Sequence[Sequence[int]], tile: int | None, any_taps: bool, starts: Sequence[int]
 ) -> tuple[int, int]:
-    """The smallest and the largest sum of any tile, for inputs in any one of `ranges`."""
+    """The smallest and the largest sum of any tile, for inputs in one of `ranges`. starts: of every tile, or one."""
     lows, highs = [], []
     size = len(weights) if tile is None else tile
     for lo, hi in ranges:
@@ -141,6 +159,7 @@ def _range(
         if any_taps:
             low, high = sorted(low), sorted(high, reverse=True)
         for first in range(0, 1 if any_taps else len(weights), size):
+            start = starts[first // size if len(starts) > 1 else 0]
             lows.append(start + sum(low[first : first + size]))
             highs.append(start + sum(high[first : first + size]))
     return min(lows), max(highs)

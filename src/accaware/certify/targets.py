@@ -153,6 +153,11 @@ _PAIRS = (
 def _table() -> dict[str, Target]:
     pair = Accumulator(16, "saturate", tile=2)
     targets = [
+        Target(
+            "file",
+            Accumulator(32),
+            assumes="What a file that was exported says of each of its operations; int32 for all others.",
+        ),
         Target("int16", Accumulator(16), assumes=_PLAIN),
         Target("int32", Accumulator(32), assumes=_PLAIN, source="ONNX operators: ConvInteger, QLinearConv"),
         Target(

@@ -217,6 +217,8 @@ def _register(
         if plain is not None or any(option is not None for option in (tile, outer_bits, overflow)):
             raise ValueError("--target takes the place of --acc-bits BITS, --tile, --outer-bits and --overflow")
         return target(name), patterns
+    if plain is None and all(option is None for option in (tile, outer_bits, overflow)):
+        return TARGETS["file"], patterns
     given: dict[str, Any] = {"bits": plain, "tile": tile, "outer_bits": outer_bits, "overflow": overflow}
     base = TARGETS["int32"]
     register = replace(base.accumulator, **{k: v for k, v in given.items() if v is not None})

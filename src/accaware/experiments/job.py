@@ -115,6 +115,12 @@ def load_run(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def sample_input(folder: Path) -> torch.Tensor:
+    """An input of the run's model, zeros, of two rows."""
+    size = runs.RunFolder(folder).settings().image_size
+    return torch.zeros(2, 3, size, size)
+
+
 def _classes(run: runs.RunFolder) -> int:
     return int(run.result()["classes"])
 

@@ -106,7 +106,7 @@ class Graph:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded file. bytes: its size, with its external data. opsets: version by domain.
+    """A loaded file. bytes: its size, with its external data. opsets: version by domain. metadata: its properties.
 
     sha256: of the file, or, with external data, of the file followed, for every data file in the order of their names,
     by that name, a zero byte and its own SHA-256.
@@ -116,6 +116,7 @@ class Model:
     bytes: int
     sha256: str
     opsets: Mapping[str, int]
+    metadata: Mapping[str, str]
     graph: Graph
 
 
@@ -135,13 +136,14 @@ def load(path: str | Path) -> Model:
         reader = _Reader(path.parent, stripped)
         graph = reader.graph(inlined(model).graph, None)
         opsets = {_text(entry.domain): entry.version for entry in model.opset_import}
+        metadata = {_text(entry.key): _text(entry.value) for entry in model.metadata_props}
         for name, data in sorted(reader.files.items()):
             digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
     except (ValueError, DecodeError, RecursionError, UnicodeError) as error:
         reason = "not an ONNX model" if isinstance(error, DecodeError) else error
         raise ValueError(f"{path}: {' '.join(str(reason).split())[:500]}") from error
     size = len(buffer) + sum(map(len, reader.files.values()))
-    return Model(path, size, digest.hexdigest(), opsets, graph)
+    return Model(path, size, digest.hexdigest(), opsets, metadata, graph)
 
 
 def _mapped(path: Path) -> memoryview:

@@ -50,11 +50,12 @@ class Other:
 class Network:
     """A file and its accumulating operations, in the order of its nodes; a subgraph's stand where its node does.
 
-    sha256: see `accaware.onnx.graph.Model`. inputs: the codes of graph inputs as they were assumed.
+    sha256 and metadata: see `accaware.onnx.graph.Model`. inputs: the codes of graph inputs as they were assumed.
     """
 
     sha256: str
     opsets: Mapping[str, int]
+    metadata: Mapping[str, str]
     inputs: Mapping[str, Codes]
     operations: tuple[Product | Unproven | Other, ...]
 
@@ -88,7 +89,7 @@ def read(path: str | Path, inputs: Mapping[str, Codes] | None = None) -> Network
     reading = _Reading(dict(inputs or {}), model.bytes)
     with np.errstate(all="ignore"):  # hostile scales overflow; what comes out is checked
         reading.graph(model.graph, ChainMap())
-    return Network(model.sha256, model.opsets, reading.assumed, tuple(reading.operations))
+    return Network(model.sha256, model.opsets, model.metadata, reading.assumed, tuple(reading.operations))
 
 
 def parse_input(text: str) -> tuple[str, Codes]:

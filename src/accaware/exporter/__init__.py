@@ -1,0 +1,1 @@
+"""The way out: integer networks as ONNX files in the dialects that other people's tools read."""

@@ -1,0 +1,79 @@
+"""From an integer network to a graph of ONNX in which every quantized operation is one node, not yet in any dialect.
+
+PyTorch's own exporter writes everything else. A layer is `accaware.Layer` and a shared tensor `accaware.Stream`, whose
+inputs and attributes `accaware.integer.network` states; `accaware.exporter.dialects` replaces them.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+__all__ = ["capture"]
+
+
+def capture(network: nn.Module, sample: Tensor | tuple[Any, ...], opset: int) -> ModelProto:
+    """The graph of `network` for inputs like `sample`, with any number of rows, in version `opset` of ONNX.
+
+    Inputs are called "input", "input_1" and so on, the first output "output". Raises `ValueError`, one line, for what
+    PyTorch's exporter cannot write.
+    """
+    args = sample if isinstance(sample, tuple) else (sample,)
+    names = ["input", *(f"input_{i}" for i in range(1, len(args)))]
+    shapes = tuple({0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None for a in args)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                args,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                input_names=names,
+                output_names=["output"],
+                verbose=False,
+            )
+    except ModuleNotFoundError as error:
+        raise ValueError(f"exporting needs {error.name}: pip install 'accaware[export]'") from error
+    except Exception as error:  # whatever it met in the user's model
+        raise ValueError(f"PyTorch cannot write {type(network).__name__} as ONNX: {_cause(error)}") from error
+    assert program is not None
+    model: ModelProto = ModelProto.FromString(program.model_proto.SerializeToString())
+    _clean(model)
+    return model
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong first: the exporter wraps it in advice about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _clean(model: ModelProto) -> None:
+    """Without what the exporter noted of this machine: stack traces and the names of its own passes."""
+    for message in (model, model.graph, *model.graph.node, *model.graph.initializer):
+        message.ClearField("metadata_props")
+        message.ClearField("doc_string")
+    model.producer_name, model.producer_version = "accaware", ""

@@ -1,0 +1,216 @@
+"""The integer network: a prepared model whose layers are integers, as hardware and other runtimes run them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from accaware.integer.convert import integer_layer
+from accaware.integer.layer import IntegerLayer
+from accaware.layers import QuantIdentity, QuantLayer
+from accaware.prepare import quant_layers
+from accaware.quantizers import ActivationQuantizer
+from accaware.trace import batchnorm_after
+
+__all__ = ["IntegerIdentity", "IntegerOp", "integer_network"]
+
+_CONVOLUTIONS: dict[str, Any] = {
+    "Conv1d": F.conv1d,
+    "Conv2d": F.conv2d,
+    "Conv3d": F.conv3d,
+    "ConvTranspose1d": F.conv_transpose1d,
+    "ConvTranspose2d": F.conv_transpose2d,
+    "ConvTranspose3d": F.conv_transpose3d,
+}
+
+
+def integer_network(model: nn.Module, sample: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
+    """The integer network of a prepared and calibrated model: a copy in evaluation mode, of `IntegerOp`s.
+
+    sample: an input of the model (or the tuple of its arguments). One run over it finds the batch-norms that alone read
+    a layer's output; they become part of its rescale (never of its weights). Without it they stay as they are.
+
+    Raises `ValueError` for a model that is not prepared or not calibrated, and for a layer whose sums need more than 32
+    bits.
+    """
+    layers = quant_layers(model)
+    if not layers:
+        raise ValueError("this model has no quantized layer; call prepare_ first")
+    norms = {} if sample is None else batchnorm_after(model, layers, sample)
+    ops = {name: IntegerOp(layer, _norm(model, norms.get(name))) for name, layer in layers.items()}
+    network = copy.deepcopy(model).eval()
+    for name, op in ops.items():
+        network.set_submodule(name, op)
+    for name in norms.values():
+        network.set_submodule(name, nn.Identity())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantIdentity) and module.input_quant is not None:
+            network.set_submodule(name, IntegerIdentity(name, module.input_quant))
+    return network
+
+
+def _norm(model: nn.Module, name: str | None) -> _BatchNorm | None:
+    if name is None:
+        return None
+    norm = model.get_submodule(name)
+    assert isinstance(norm, _BatchNorm)
+    return norm
+
+
+class _Codes(nn.Module):
+    """The grid that a tensor of reals is rounded to: integers [lo, hi] in units of `act_scale`, float32 []."""
+
+    act_scale: Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        assert quantizer.codes is not None
+        self.lo, self.hi = quantizer.codes.lo, quantizer.codes.hi
+        self.register_buffer("act_scale", quantizer.step().detach().float().clone())
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integer codes of x, as float32."""
+        return (x.float() / self.act_scale).round().clamp(self.lo, self.hi)
+
+    def symbol(self, kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor) -> Tensor:
+        """One node of this library's own domain, in a program of ONNX; `accaware.exporter` writes it in a dialect."""
+        attributes = {"lo": self.lo, "hi": self.hi, **attributes}
+        return torch.onnx.ops.symbolic(
+            f"accaware::{kind}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1
+        )
+
+
+class IntegerIdentity(_Codes):
+    """A tensor that several operations read, on its grid: x -> act_scale * codes(x)."""
+
+    def __init__(self, name: str, quantizer: ActivationQuantizer) -> None:
+        super().__init__(quantizer)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.codes(x) * self.act_scale
+        return (
+            self.symbol("Stream", (x, self.act_scale), {"name": self.name}, y) if torch.onnx.is_in_onnx_export() else y
+        )
+
+
+class IntegerOp(_Codes):
+    """A layer in integers: x -> rescale * sums(codes(x)) + shift, float32 in and out.
+
+    q: int8, in the shape of the float layer's weight. sums: int32. rescale and shift: float32 [C], one for each output
+    channel: both scales, bias and batch-norm, multiplied in float64. layer: the record that proofs read; a start value
+    of the register is found there alone, since it is subtracted from the sums again.
+
+    The sums are exact on every device. They are computed in float32 where none can pass 2^24 and the machine's
+    convolution was seen to be exact (once for each shape), in float64 elsewhere. A program of `torch.export` computes
+    in float32 within 2^24: exact where a convolution multiplies and adds (not Winograd's or Fourier's way, not TF32).
+    """
+
+    q: Tensor
+    rescale: Tensor
+    shift: Tensor
+
+    def __init__(self, layer: QuantLayer, norm: _BatchNorm | None = None) -> None:
+        super().__init__(layer.input_quant)
+        self.layer = integer_layer(layer)
+        self.kind, self.bits = self.layer.kind, layer.spec.weight_bits
+        q, scale, _ = layer.deployed()
+        gain, shift = _affine(layer, norm, len(scale))
+        step = layer.input_quant.step().detach().double()
+        self.register_buffer("q", layer.rows.merge(q).to(torch.int8))
+        self.register_buffer("rescale", (step * scale.reshape(-1) * gain).float())
+        self.register_buffer("shift", shift.float())
+        self._narrow = _fits(self.layer)
+        self._exact: dict[torch.Size, bool] = {}
+        self._geometry(layer)
+
+    def _geometry(self, layer: Any) -> None:
+        self.options: dict[str, Any] = {}
+        self.edges: list[int] = []  # that are padded by other values than 0, as `F.pad` counts them
+        self.attributes: dict[str, Any] = {}
+        if self.kind == "Linear":
+            return
+        transposed = self.kind.startswith("ConvTranspose")
+        self.options = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
+        self.edge_mode = layer.padding_mode
+        if layer.padding_mode != "zeros":
+            self.edges = list(layer._reversed_padding_repeated_twice)
+            padding, pads = 0, [0] * len(self.edges)
+        elif transposed:
+            padding, pads = layer.padding, [*layer.padding, *layer.padding]
+        else:
+            ends = layer._reversed_padding_repeated_twice
+            padding, pads = layer.padding, [*ends[0::2][::-1], *ends[1::2][::-1]]
+        self.options["padding"] = padding
+        self.attributes = {"strides": list(layer.stride), "dilations": list(layer.dilation), "pads": pads}
+        self.attributes["group"] = layer.groups
+        if transposed:
+            self.options["output_padding"] = layer.output_padding
+            self.attributes["output_padding"] = list(layer.output_padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.edges:
+            x = F.pad(x, self.edges, mode=self.edge_mode)
+        with torch.autocast(x.device.type, enabled=False):
+            total = self.sums(self.codes(x)).float()
+            y = total * self._along(self.rescale) + self._along(self.shift)
+        if not torch.onnx.is_in_onnx_export():
+            return y
+        inputs = (x, self.act_scale, self.q, self.rescale, self.shift)
+        attributes = {"name": self.layer.name, "kind": self.kind, "bits": self.bits, **self.attributes}
+        return self.symbol("Layer", inputs, attributes, y)
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """Codes, held as floats, to the exact sums of their products with q, int32."""
+        return self._operate(codes, torch.float32 if self._narrow and self._trusted(codes) else torch.float64).int()
+
+    def _operate(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        codes, q = codes.to(dtype), self.q.to(dtype)
+        return F.linear(codes, q) if self.kind == "Linear" else _CONVOLUTIONS[self.kind](codes, q, **self.options)
+
+    def _trusted(self, codes: Tensor) -> bool:
+        """Whether float32 gives the sums of inputs of this shape."""
+        if torch.compiler.is_compiling():
+            return True
+        if codes.device.type != "cpu":
+            return False
+        if codes.shape not in self._exact:
+            generator = torch.Generator().manual_seed(0)
+            extremes = torch.randint(2, codes.shape, generator=generator) * (self.hi - self.lo) + self.lo
+            ours, exact = (self._operate(extremes, dtype) for dtype in (torch.float32, torch.float64))
+            self._exact[codes.shape] = torch.equal(ours.double(), exact)
+        return self._exact[codes.shape]
+
+    def _along(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *(1,) * (self.q.dim() - 2))
+
+    def extra_repr(self) -> str:
+        return f"{self.layer.name}: {self.kind}, {list(self.q.shape)}, codes [{self.lo}, {self.hi}]"
+
+
+def _affine(layer: QuantLayer, norm: _BatchNorm | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Batch-norm after a bias as gain and shift, float64 [C] each."""
+    zeros = torch.zeros(channels, dtype=torch.float64, device=layer.weight.device)
+    bias = zeros if layer.bias is None else layer.bias.detach().double()
+    if norm is None:
+        return zeros + 1, bias
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    gain = gain if norm.weight is None else gain * norm.weight.detach().double()
+    shift = (bias - norm.running_mean.double()) * gain
+    return gain, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def _fits(layer: IntegerLayer) -> bool:
+    """Whether float32 holds every sum. Raises `ValueError` where int32 does not."""
+    reach = int(np.abs(layer.rows).sum(axis=1, dtype=object).max()) * layer.codes.magnitude
+    if reach >= 2**31:
+        raise ValueError(f"{layer.name}: sums reach {reach}; the integer network adds in 32 bits")
+    return reach <= 2**24
