@@ -233,7 +233,8 @@ STYLE = """
 h3{display:block;margin:1.6rem 0 .4rem}section .wide{margin-bottom:.8rem}b{font-weight:600}
 .wide{width:fit-content;max-width:100%}.wide table{min-width:0;width:auto}.wide strong{color:var(--unproven)}
 .wide tbody th,.wide td,.wide td:last-child,.wide td:nth-child(3){width:auto;min-width:0;overflow-wrap:normal}
-.figures thead th:not(:first-child){max-width:12rem;text-align:right}td small{display:block;white-space:nowrap}
+.figures th{overflow-wrap:normal}.figures thead th:not(:first-child){max-width:12rem;text-align:right}
+td small{display:block;white-space:nowrap}
 figure.card{margin:.6rem 0 0}figure.card img{display:block;width:100%;max-width:72rem;margin:auto}
 summary{cursor:pointer;margin:1.2rem 0 .4rem;font-weight:600}
 .used{background:linear-gradient(to right,var(--spare) var(--used),transparent var(--used))}

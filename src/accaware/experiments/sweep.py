@@ -43,8 +43,11 @@ def sweep(
     address: of a Ray cluster ("auto" finds it), None starts one on this machine. workers: runs at a time; by default
     one for each core, or for each share of a GPU. gpus_per_run: may be a fraction; by default 1 where there are any.
     A point that dies or raises is tried again `retries` times, from its last checkpoint; one that says `ValueError`
-    would only say it again. Raises `ValueError` where a folder holds a run of other settings, before anything starts.
+    would only say it again. Raises `ValueError`, before anything starts, where a folder holds a run of other settings
+    and where a run would be more than one process.
     """
+    if any(settings.devices * settings.num_nodes > 1 for settings in points.values()):
+        raise ValueError("a run of a sweep is one process: --devices and --num-nodes must be 1")
     points = {name: replace(settings, out=str(folder / name)) for name, settings in points.items()}
     todo = {name: settings for name, settings in points.items() if not _complete(Path(settings.out), settings)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,8 @@ def _ray(address: str | None, workers: int | None) -> Iterator[Any]:
     try:
         ray.init(**options)
     except ConnectionError as error:
-        raise ValueError(f"no Ray cluster at address {address!r}: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"no Ray cluster answers at {address!r} (see docs/sweeps.md): {why}") from error
     try:
         yield ray
     finally:
