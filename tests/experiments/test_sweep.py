@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,6 +24,8 @@ import accaware
 from accaware.cli import run
 from accaware.experiments.results import read_runs
 from accaware.experiments.runs import RunFolder
+from accaware.experiments.settings import Settings
+from accaware.experiments.sweep import _locked, _shares
 from cli_helpers import fails
 
 pytest.importorskip("ray", reason="a sweep needs Ray")
@@ -214,3 +218,40 @@ def test_a_complete_sweep_starts_nothing(options: list[str], capsys: pytest.Capt
     message = "run folder sweep/seed=1 was made with --lr 0.005, not 0.5"
     assert message in fails([*words, "--lr", "0.5"], capsys)
     assert "a run of a sweep is one process" in fails([*words, "--devices", "2"], capsys)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    with _locked(tmp_path / "run"), pytest.raises(BlockingIOError), (tmp_path / "run" / "console.txt").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (tmp_path / "run" / "console.txt").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "device", "workers", "gpus_per_run", "expected"),
+    [
+        ([8], [], "auto", None, None, (8, 1, 0)),
+        ([8], [], "auto", 3, None, (3, 2, 0)),
+        ([2], [], "auto", 5, None, (5, 1, 0)),
+        ([16], [2], "auto", None, None, (2, 8, 1)),
+        ([16], [2], "auto", None, 0.25, (8, 2, 0.25)),
+        ([16], [2], "cpu", None, None, (16, 1, 0)),
+        ([16], [2], "auto", None, 0.0, (16, 1, 0)),
+        ([4, 4, 8], [], "auto", 1, None, (1, 8, 0)),  # a run is on one node
+    ],
+)
+def test_runs_share_cores_and_gpus(
+    cores: list[int],
+    gpus: list[int],
+    device: str,
+    workers: int | None,
+    gpus_per_run: float | None,
+    expected: tuple[int, int, float],
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": count}} for count in cores]
+    nodes += [{"Alive": True, "Resources": {"GPU": count}} for count in gpus]
+    nodes.append({"Alive": False, "Resources": {"CPU": 99}})
+    cluster = SimpleNamespace(nodes=lambda: nodes)
+    assert _shares(cluster, {"a": Settings(device=device)}, workers, gpus_per_run) == expected
+    with pytest.raises(ValueError, match="--gpus-per-run 9 can never be met"):
+        _shares(cluster, {}, workers, 9)
