@@ -51,5 +51,5 @@ def made_up(value: float, width: int, layers: Iterable[tuple[str, int, IntFormat
     for name, change in changes.items():
         (config if name in config else result)[name] = change
     result |= {"acc_bits": width, result["metric"]: value, f"float_{result['metric']}": 91.73}
-    about = [{"name": n, "fan_in": k, "codes": [c.lo, c.hi], "utilisation": 0.5} for n, k, c in layers]
+    about = [{"name": n, "fan_in": k, "codes": [c.lo, c.hi], "utilisation": 0.75} for n, k, c in layers]
     return Run(config, result, about)

@@ -34,7 +34,7 @@ def values(curve: Curve) -> list[tuple[int, float]]:
 def test_a_point_is_the_mean_over_seeds_of_the_best_pair() -> None:
     small = [made_up(80 + seed, 10, weight_bits=3, seed=seed) for seed in range(3)]
     large = [made_up(value, 10, weight_bits=5, seed=seed) for seed, value in enumerate((90, 70, 80.5))]
-    (curve,) = only(*small, *large, made_up(85, 11, weight_bits=3)).curves
+    (curve,) = only(*large, *small, made_up(85, 11, weight_bits=3)).curves
     assert values(curve) == [(10, 81), (11, 85)]
     best = curve.points[0]
     assert (best.weight_bits, best.act_bits, best.choices, best.spread) == (3, 4, 2, stdev((80, 81, 82)))

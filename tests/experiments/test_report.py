@@ -75,7 +75,7 @@ def check(page: Page, results: list[dict[str, Any]]) -> None:
     assert numbers(page, "Weights that are 0 (%) by P")["10"]["projected"] == "50.0"
     used = numbers(page, "Used of the register, by layer (%)")
     assert set(used) == {"layer1.conv", "<b>"}
-    assert set(used["<b>"].values()) == {"50"}
+    assert set(used["<b>"].values()) == {"75"}
     listed = page.find("details")[-1].findall(".//tbody/tr")
     assert [[text(cell) for cell in row[1:7]] for row in listed] == [
         [str(r[name]) for name in ("method", "acc_bits", "weight_bits", "act_bits", "seed", metric)] for r in results
