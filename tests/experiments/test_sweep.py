@@ -165,7 +165,7 @@ def test_two_nodes_run_one_sweep(options: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     address = f"127.0.0.1:{free_port()}"
     with ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True))
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         head = ("--head", f"--port={address.split(':')[1]}", "--include-dashboard=false", f"--temp-dir={temporary}")
         stack.enter_context(ray_node(*head))
         deadline = time.monotonic() + LIMIT
