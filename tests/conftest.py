@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,13 @@ def options(ptq_options: list[str]) -> list[str]:
     """Options of a run that takes a second: 12 steps of 16 images."""
     words = "--batch-size 16 --epochs 2 --checkpoint-every 4 --lr 0.005 --scale-lr 0.01"
     return [*ptq_options, *words.split()]
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """The program that shows pages; without it the test skips."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return found or pytest.skip("needs Chromium to open the page")
 
 
 @pytest.fixture

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import pytest
@@ -24,6 +21,7 @@ from accaware.certify.report import BARS, SHOWN, TAPS, html
 from accaware.formats import Accumulator, IntFormat
 from accaware.integer.emulate import emulate
 from accaware.integer.layer import IntegerLayer
+from pages import Page, browse, shown, text
 
 SHA = "0123456789abcdef" * 4
 VERDICTS = "refuted", "unproven", "proven", "outside"
@@ -71,52 +69,6 @@ def certificate() -> Certificate:
 
 
 # Reading the page back
-
-
-class Page(HTMLParser):
-    """The elements of a page. What is not closed, or closed in another order, or an attribute given twice, fails."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.builder, self.open = TreeBuilder(), list[str]()
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        self.root: Element = self.builder.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in attrs]
-        assert len(names) == len(set(names))
-        self.builder.start(tag, {name: value or "" for name, value in attrs})
-        if tag in ("meta", "link"):
-            self.builder.end(tag)
-        else:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        self.builder.end(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.builder.data(data)
-
-    def find(self, path: str) -> list[Element]:
-        return self.root.findall(f".//{path}")
-
-    def at(self, name: str) -> Element:
-        (found,) = self.find(f"*[@id='{name}']")
-        return found
-
-
-def text(element: Element) -> str:
-    return " ".join("".join(element.itertext()).split())
-
-
-def shown(element: Element) -> str:
-    """The text but for the titles and descriptions of pictures."""
-    if element.tag in ("title", "desc"):
-        return ""
-    return (element.text or "") + "".join(shown(child) + (child.tail or "") for child in element)
 
 
 def facts(element: Element) -> dict[str, str]:
@@ -537,30 +489,17 @@ def test_the_page_of_a_saved_certificate_is_the_same(tmp_path: Path) -> None:
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    return found or pytest.skip("needs Chromium to open the page")
-
-
-def run(browser: str, folder: Path, file: Path, *options: str) -> str:
-    """What Chromium prints of a file."""
-    words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
-    command = [browser, *words, f"--user-data-dir={folder / 'profile'}", *options, file.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
 def test_a_browser_shows_the_same_numbers(browser: str, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text(html(certificate()), encoding="utf-8")
-    check(Page(run(browser, tmp_path, file, "--dump-dom")), certificate())
+    check(Page(browse(browser, tmp_path, file, "--dump-dom")), certificate())
 
 
 def test_a_browser_runs_nothing(browser: str, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     for name in WEIRD[:3]:
         file.write_text(html(named(name), name), encoding="utf-8")
-        page = Page(run(browser, tmp_path, file, "--dump-dom"))
+        page = Page(browse(browser, tmp_path, file, "--dump-dom"))
         assert structure(page) == structure(Page(html(named("plain"), "plain")))
 
 
@@ -573,7 +512,7 @@ def test_the_page_fits_its_window(browser: str, tmp_path: Path) -> None:
     script = "onload=()=>{for(const f of document.querySelectorAll('iframe'))"
     script += "f.title=f.contentDocument.documentElement.scrollWidth}"
     (tmp_path / "frames.html").write_text(f"{''.join(frames)}<script>{script}</script>", encoding="utf-8")
-    shown = Page(run(browser, tmp_path, tmp_path / "frames.html", "--dump-dom")).find("iframe")
+    shown = Page(browse(browser, tmp_path, tmp_path / "frames.html", "--dump-dom")).find("iframe")
     assert [int(frame.get("title", "0")) for frame in shown] == list(widths) * 4
 
 
@@ -582,7 +521,7 @@ def test_the_page_is_drawn_light_and_dark(browser: str, tmp_path: Path) -> None:
     file, shot = tmp_path / "report.html", tmp_path / "shot.png"
     file.write_text(html(certificate()), encoding="utf-8")
     for scheme, page, card, red in ((1, "f4f5f7", "ffffff", "c4232c"), (0, "0e1217", "171c23", "ff7a72")):
-        run(
+        browse(
             browser,
             tmp_path,
             file,

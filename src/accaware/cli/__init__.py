@@ -64,4 +64,4 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         _say(f"warning: {message}", 0)
 
 
-from accaware.cli import export, files, jobs  # noqa: E402, F401 -- the commands register themselves with `app`
+from accaware.cli import export, files, jobs, sweeps  # noqa: E402, F401 -- the commands register themselves with `app`

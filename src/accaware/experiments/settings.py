@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from accaware.formats import Method, Overflow, Preload, Spec
 
@@ -146,6 +146,51 @@ def acc_widths(texts: Sequence[str]) -> tuple[int | None, dict[str, int]]:
     pairs = _pairs("acc_bits", (text for text in texts if "=" in text))
     widths = {pattern: _integer("acc_bits", value) for pattern, value in pairs.items()}
     return _integer("acc_bits", plain[0]) if plain else None, widths
+
+
+def recipe_values(path: Path) -> dict[str, Any]:
+    """The settings that a recipe states: a YAML file of their names and values. It names neither `command` nor `out`.
+
+    Raises `ValueError`, one line with the path, for what is no recipe, and `OSError`.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("a recipe is a YAML file of names and values")
+        return {name: setting(name, value) for name, value in values.items()}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"recipe {path}: {error}") from error
+
+
+def setting(name: Any, value: Any) -> Any:
+    """`value`, as YAML or a word of the command line has it, in the type of the setting `name`.
+
+    Raises `ValueError` where there is no such setting, or it has another type.
+
+    >>> setting("acc_bits", 12), setting("lr", "1e-2"), setting("tile", "none")
+    (('12',), 0.01, None)
+    """
+    hints = get_type_hints(Settings)
+    if name not in hints or name in ("command", "out"):
+        raise ValueError(f"unknown setting {name!r}")
+    kind, *optional = get_args(hints[name]) if type(None) in get_args(hints[name]) else (hints[name],)
+    if get_origin(kind) is tuple:
+        return tuple(map(str, value if isinstance(value, list) else [value]))
+    if optional and value in (None, "none"):
+        return None
+    kind = str if get_origin(kind) is Literal else kind
+    if type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    read = {"true": True, "false": False}.__getitem__ if kind is bool else kind
+    try:
+        if isinstance(value, str):  # a word, or 1e-3, which YAML takes for one
+            return read(value)
+    except (ValueError, KeyError):
+        pass
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    raise ValueError(f"{name} must be {words[kind]}, not {value!r}")
 
 
 def check_same(kept: Settings, given: Mapping[str, Any], folder: Path) -> None:
