@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from accaware.experiments.batches import seed_of
-from accaware.experiments.data import Images
+from accaware.experiments.images import Images
 
 
 def random_images(count: int, key: int, size: int = 32) -> Images:
@@ -33,3 +33,29 @@ def write_parquet(file: Path, images: Images) -> None:
         rows.append({"bytes": buffer.getvalue(), "path": None})
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"img": pa.array(rows, kind), "label": images.labels.tolist()}), file)
+
+
+def bsds_folder(root: Path) -> Path:
+    """Six training and two test images like those of BSDS300, in its folders."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        folder = root / "images" / split
+        folder.mkdir(parents=True)
+        for index in range(count):
+            size = (481, 321) if index % 2 else (321, 481)
+            small = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+            small.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=90)
+    return root
+
+
+def imagenet_folder(root: Path, classes: int = 3) -> Path:
+    """Images of 80 pixels whose colour tells the class, in ImageNet's folders."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for label in range(classes):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 80, (80, 90, 3), dtype=np.uint8) + np.uint8(50 * label)
+                Image.fromarray(pixels).save(folder / f"{index}.JPEG")
+    return root

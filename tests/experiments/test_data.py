@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from accaware.experiments import data
-from accaware.experiments.data import Images, load
+from accaware.experiments.data import load
+from accaware.experiments.images import Images, cache_folder
 from experiments.helpers import random_images
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -111,7 +111,7 @@ def test_empty_and_missing_folders_are_errors(tmp_path: Path) -> None:
         load("cifar10", tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         load("cifar10", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="unknown data 'mnist'; known are cifar10, folder"):
+    with pytest.raises(ValueError, match="unknown data 'mnist'; known are cifar10, imagenet, bsds300, folder"):
         load("mnist", tmp_path)
     with pytest.raises(ValueError, match="needs the folder"):
         load("folder")
@@ -215,4 +215,4 @@ def test_limit_train_keeps_the_first_rows(cifar: Path) -> None:
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.cache_folder() == tmp_path / ".cache" / "accaware"
+    assert cache_folder() == tmp_path / ".cache" / "accaware"
