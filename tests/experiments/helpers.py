@@ -56,6 +56,7 @@ def imagenet_folder(root: Path, classes: int = 3) -> Path:
             folder = root / split / f"n{label:08d}"
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = random.integers(0, 80, (80, 90, 3), dtype=np.uint8) + np.uint8(50 * label)
-                Image.fromarray(pixels).save(folder / f"{index}.JPEG")
+                pixels = random.integers(0, 150, (9, 10, 3), dtype=np.uint8) + np.uint8(50 * label)
+                image = Image.fromarray(pixels).resize((90, 80), Image.Resampling.NEAREST)
+                image.save(folder / f"{index}.JPEG")
     return root

@@ -73,10 +73,10 @@ def test_batches_of_pairs(tmp_path: Path) -> None:
 
 
 def test_upscaling_alone_gives_its_usual_quality(shared: Callable[[str], Path]) -> None:
-    """25.66 dB (bicubic) and 24.49 dB (nearest) over the central squares of all test images; here of 20."""
+    """Over the central squares of all test images 25.66 dB (bicubic) and 24.49 dB (nearest); here over 20 of them."""
     files = sorted(shared("data/BSDS300/images/test").glob("*.jpg"))[:20]
     images = pairs(files, (321, 321))
-    wanted = {"bicubic": 25.13, "nearest": 23.95}
+    wanted = {"bicubic": 26.061, "nearest": 24.775}
     for mode, value in wanted.items():
         scores = [
             SUPER_RESOLUTION.score(F.interpolate(x, scale_factor=3, mode=mode), y)
