@@ -117,6 +117,16 @@ def test_options_win_over_the_recipe(options: list[str], capsys: pytest.CaptureF
     assert "recipe no.yaml cannot be read" in fails(["train", *words, "--recipe", "no.yaml", "--out", "c"], capsys)
 
 
+@pytest.mark.parametrize("option", ["--equalize", "--bias-correct"])
+def test_each_step_of_the_initialisation_has_its_effect(ptq_options: list[str], option: str) -> None:
+    assert run(["ptq", *ptq_options, "--out", "plain"]) == 0
+    assert run(["ptq", *ptq_options, option, "--out", "other"]) == 0
+    one, two = (RunFolder(Path(name)).model_state() for name in ("plain", "other"))
+    changed = {name for name in one if not torch.equal(one[name], two[name])}
+    # 0, 1 and 3 are a convolution, its batch-norm and the next convolution; 8 is the only layer with a bias.
+    assert {"1.weight", "3.weight"} <= changed if option == "--equalize" else changed == {"8.bias"}
+
+
 def test_a_run_repeats_from_its_own_configuration(options: list[str]) -> None:
     assert run(["train", *options, "--epochs", "0.4", "--out", "a"]) == 0
     assert run(["train", "--recipe", "a/config.yaml", "--out", "b"]) == 0

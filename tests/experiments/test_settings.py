@@ -71,6 +71,7 @@ def test_the_lists_of_names_are_names() -> None:
         ({"lr": float("nan")}, "lr must be a positive number, not nan"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"command": "ptq", "quantize": False}, "ptq quantizes; quantize cannot be false"),
         ({"lr": "fast"}, "lr must be a number, not 'fast'"),
         ({"batch_size": 2.5}, r"batch_size must be an integer, not 2\.5"),
         ({"seed": True}, "seed must be an integer, not True"),

@@ -95,6 +95,8 @@ class Settings:
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [0, {high}], not {getattr(self, name)}")
         Schedule.parse(self.schedule)
+        if self.command == "ptq" and not self.quantize:
+            raise ValueError("ptq quantizes; quantize cannot be false")
         self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
 
     @property
