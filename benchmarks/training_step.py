@@ -19,8 +19,7 @@ from timing import alternate, report
 from torch import Tensor, nn
 
 import accaware as aa
-from accaware.experiments.models import KEEP_FIRST_AND_LAST
-from accaware.experiments.models.resnet_cifar import resnet20
+from accaware.experiments.models.resnet_cifar import ResNet, resnet20
 
 SPECS = {
     "baseline": aa.Spec(4, 4, 32, method="baseline"),
@@ -51,7 +50,7 @@ def step(model: nn.Module, images: Tensor, labels: Tensor, penalty: Callable[[nn
 
 def ours(network: nn.Module, spec: aa.Spec, images: Tensor) -> nn.Module:
     """Prepared and calibrated in place."""
-    aa.prepare_(network, spec, sample=images[:2], keep=KEEP_FIRST_AND_LAST)
+    aa.prepare_(network, spec, sample=images[:2], keep=ResNet.keep)
     aa.calibrate(network, [images])
     return network
 
@@ -68,7 +67,7 @@ def brevitas(network: nn.Module, images: Tensor) -> nn.Module:
     )
 
     for name, layer in list(network.named_modules()):
-        kept = name in KEEP_FIRST_AND_LAST
+        kept = name in ResNet.keep
         common = {"bias": layer.bias is not None} if isinstance(layer, nn.Conv2d | nn.Linear) else {}
         if kept:
             common |= {"weight_quant": Int8WeightPerTensorFloat, "input_quant": Int8ActPerTensorFloat}

@@ -316,6 +316,14 @@ def test_importance_of_transposed_convolutions_follows_the_input_channels():
     assert bool((step[:2] < 0.5 * largest / 7).all())
 
 
+def test_weights_in_channels_last_are_initialised():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4)).to(memory_format=torch.channels_last)
+    before = model[0].weight.detach().clone()
+    aa.prepare_(model, Spec(acc_bits=12))
+    aa.calibrate(model, [IMAGES])
+    assert torch.equal(model[0].weight, before)
+
+
 def test_init_choices():
     weights = {}
     for init in ("search", "ep", "none"):

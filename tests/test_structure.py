@@ -26,6 +26,7 @@ ORDER = [
     "layers",
     "trace",
     "prepare",
+    "initialise",
     "integer.layer integer.emulate integer.reference",
     "integer.convert integer.network",
     "onnx",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from accaware.formats import Accumulator as Accumulator
     from accaware.formats import IntFormat as IntFormat
     from accaware.formats import Spec as Spec
+    from accaware.initialise import bias_correct as bias_correct
+    from accaware.initialise import equalize as equalize
     from accaware.integer.convert import integer_layers as integer_layers
     from accaware.integer.convert import wrapping as wrapping
     from accaware.integer.layer import IntegerLayer as IntegerLayer
@@ -37,8 +39,10 @@ _HOMES = {
     "IntegerLayer": "integer.layer",
     "QuantIdentity": "layers",
     "Spec": "formats",
+    "bias_correct": "initialise",
     "calibrate": "prepare",
     "certify": "certify.model",
+    "equalize": "initialise",
     "export": "exporter.write",
     "integer_layers": "integer.convert",
     "integer_network": "integer.network",

@@ -6,7 +6,7 @@ the library never meets an impossible format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Method = Literal["projected", "a2q+", "a2q", "baseline"]
@@ -133,8 +133,10 @@ class Accumulator:
 class Spec:
     """What is asked of a layer: bits of weights, activations and accumulator, and the quantizer that must meet them.
 
-    Units are bits. `per_channel`: one weight scale for each output channel, else one for the whole tensor. The other
-    fields are those of `Accumulator`. Raises `ValueError` or `TypeError` where a value is not allowed.
+    Units are bits. `per_channel`: one weight scale for each output channel, else one for the whole tensor.
+    `depthwise_method`: the method of depthwise layers; None is the rule of the A2Q+ paper (section 5), `a2q` where the
+    method is `a2q+`, since zero-centring costs their few weights a degree of freedom, else the method. The other fields
+    are those of `Accumulator`. Raises `ValueError` or `TypeError` where a value is not allowed.
 
     >>> Spec(weight_bits=4, act_bits=4, acc_bits=12).weight_format
     IntFormat(lo=-7, hi=7)
@@ -150,6 +152,7 @@ class Spec:
     overflow: Overflow = "wrap"
     order: TapOrder = "chw"
     per_channel: bool = True
+    depthwise_method: Method | None = None
 
     def __post_init__(self) -> None:
         _integer("weight_bits", self.weight_bits, 2, 8)
@@ -157,14 +160,22 @@ class Spec:
         _integer("acc_bits", self.acc_bits, 2, 32)
         _one_of("method", self.method, Method)
         _one_of("order", self.order, TapOrder)
-        if self.preload == "free" and self.method != "projected":
-            raise ValueError(f"preload 'free' needs method 'projected', not {self.method!r}")
+        if self.depthwise_method is not None:
+            _one_of("depthwise_method", self.depthwise_method, Method)
+        for method in (self.method, self.depthwise_method or self.method):
+            if self.preload == "free" and method != "projected":
+                raise ValueError(f"preload 'free' needs method 'projected', not {method!r}")
         self.accumulator  # noqa: B018 -- validates the rest
 
     @property
     def weight_format(self) -> IntFormat:
         """Codes of the weights: narrow range."""
         return IntFormat.narrow(self.weight_bits)
+
+    def of_depthwise(self) -> Spec:
+        """The request as it applies to a depthwise layer, which has the method of its own."""
+        method = self.depthwise_method or ("a2q" if self.method == "a2q+" else self.method)
+        return replace(self, method=method, depthwise_method=None)
 
     def act_format(self, signed: bool) -> IntFormat:
         """Codes of the activations."""

@@ -62,10 +62,10 @@ class QuantLayer(nn.Module):
 
     def quantize_(self, name: str, spec: Spec, input_quant: ActivationQuantizer, inside: bool) -> None:
         """Give a layer that was just converted its quantizers; called by `prepare_`."""
-        self.name, self.spec, self.inside = name, spec, inside
+        self.name, self.spec, self.inside = name, spec.of_depthwise() if self.depthwise else spec, inside
         self.rows = self.make_rows()
         self.input_quant = input_quant
-        self.weight_quant = weight_quantizer(spec, self.rows.channels, self.rows.parts, self.depthwise)
+        self.weight_quant = weight_quantizer(self.spec, self.rows.channels, self.rows.parts)
         self.weight_quant.to(self.weight.device)
         tile = -1 if spec.tile is None else spec.tile
         values = [getattr(spec, name) for name in _REQUEST] + [tile, int(spec.preload == "free")]
@@ -257,7 +257,16 @@ LAYERS: Mapping[type[nn.Module], type[QuantLayer]] = {
 
 def kept_spec(spec: Spec, bits: int) -> Spec:
     """The format of a layer that stays out of the request: plain quantization at `bits`, added up in 32 bits."""
-    return replace(spec, weight_bits=bits, act_bits=bits, acc_bits=32, method="baseline", preload="none", tile=None)
+    return replace(
+        spec,
+        weight_bits=bits,
+        act_bits=bits,
+        acc_bits=32,
+        method="baseline",
+        preload="none",
+        tile=None,
+        depthwise_method=None,
+    )
 
 
 def codes_of(layer: QuantLayer) -> IntFormat:

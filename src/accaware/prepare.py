@@ -149,7 +149,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
         with torch.no_grad():
             rows = layer.rows.split(layer.weight)
             importance = layer.rows.split(_per_tap(layer, powers[name].mean()))
-            layer.weight.copy_(layer.rows.merge(layer.weight_quant.initialise(rows, importance, init)))
+            start = layer.rows.merge(layer.weight_quant.initialise(rows, importance, init))
+            layer.weight.copy_(start.clone())  # `start` may be a view of the weight, of other strides
 
 
 class _Power:

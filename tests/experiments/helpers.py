@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from accaware.experiments.batches import seed_of
-from accaware.experiments.data import Images
+from accaware.experiments.images import Images
 from accaware.experiments.results import Run
 from accaware.formats import IntFormat
 
@@ -53,3 +53,30 @@ def made_up(value: float, width: int, layers: Iterable[tuple[str, int, IntFormat
     result |= {"acc_bits": width, result["metric"]: value, f"float_{result['metric']}": 91.73}
     about = [{"name": n, "fan_in": k, "codes": [c.lo, c.hi], "utilisation": 0.75} for n, k, c in layers]
     return Run(config, result, about)
+
+
+def bsds_folder(root: Path) -> Path:
+    """Six training and two test images like those of BSDS300, in its folders."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        folder = root / "images" / split
+        folder.mkdir(parents=True)
+        for index in range(count):
+            size = (481, 321) if index % 2 else (321, 481)
+            small = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+            small.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=90)
+    return root
+
+
+def imagenet_folder(root: Path, classes: int = 3) -> Path:
+    """Images of 80 pixels whose colour tells the class, in ImageNet's folders."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for label in range(classes):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 150, (9, 10, 3), dtype=np.uint8) + np.uint8(50 * label)
+                image = Image.fromarray(pixels).resize((90, 80), Image.Resampling.NEAREST)
+                image.save(folder / f"{index}.JPEG")
+    return root

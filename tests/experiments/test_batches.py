@@ -8,13 +8,13 @@ import torch
 from accaware.experiments.batches import (
     EvalBatches,
     TrainBatches,
-    augment,
     calibration_images,
     generator,
     normalize,
     seed_of,
 )
-from accaware.experiments.data import NORMALIZATIONS, Images
+from accaware.experiments.images import NORMALIZATIONS, Images
+from accaware.experiments.tasks import augment
 from experiments.helpers import random_images
 
 NORM = NORMALIZATIONS["cifar10"]
@@ -36,7 +36,7 @@ def test_normalisation_is_that_of_the_formula() -> None:
 
 def test_augmentation_crops_and_flips_each_image() -> None:
     pixels = random_images(40, 0, size=32).pixels
-    got = augment(pixels, generator(5))
+    got = augment(pixels, 1 / 16, generator(5))
     offsets = set()
     for before, after in zip(pixels, got, strict=True):
         padded = torch.zeros(3, 36, 36, dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 import types
@@ -14,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from accaware.experiments import data
-from accaware.experiments.data import Images, load
+from accaware.experiments.data import load
+from accaware.experiments.images import Images, cache_folder
 from experiments.helpers import random_images
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -111,7 +112,7 @@ def test_empty_and_missing_folders_are_errors(tmp_path: Path) -> None:
         load("cifar10", tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         load("cifar10", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="unknown data 'mnist'; known are cifar10, folder"):
+    with pytest.raises(ValueError, match="unknown data 'mnist'; known are cifar10, imagenet, bsds300, folder"):
         load("mnist", tmp_path)
     with pytest.raises(ValueError, match="needs the folder"):
         load("folder")
@@ -134,6 +135,33 @@ def test_the_hub_gives_the_same_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> 
     read = load("cifar10")
     assert torch.equal(read.train.pixels, wanted["train"].pixels)
     assert torch.equal(read.evaluation.labels, wanted["test"].labels)
+
+
+def test_imagenet_comes_from_the_hub_or_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted = {"train": random_images(5, 1, size=20), "validation": random_images(4, 2, size=20)}
+
+    class Rows:
+        def __init__(self, images: Images) -> None:
+            self.images = images
+
+        def cast_column(self, name: str, kind: Any) -> Rows:
+            assert (name, kind) == ("image", "bytes")
+            return self
+
+        def __getitem__(self, at: str | int) -> Any:
+            return self.images.labels.tolist() if at == "label" else {"image": {"bytes": png(self.images.pixels[at])}}
+
+    def load_dataset(name: str, split: str) -> Rows:
+        assert name == "ILSVRC/imagenet-1k"
+        return Rows(wanted[split])
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset, Image=lambda decode: "bytes")
+    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
+    for _ in range(2):  # decoded, and from the cache
+        read = load("imagenet", image_size=16, resize=20)
+        assert torch.equal(read.train.pixels, wanted["train"].pixels[:, :, 2:18, 2:18])
+        assert torch.equal(read.evaluation.labels, wanted["validation"].labels)
+    assert len(load("imagenet", image_folder(tmp_path / "d")).train) == 6
 
 
 def test_without_the_hub_the_error_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +216,32 @@ def test_the_crop_is_central(tmp_path: Path) -> None:
     assert (load("folder", folder, image_size=16).evaluation.pixels[0] == 200).all()
 
 
+def test_images_of_a_folder_are_mapped_from_the_cache(tmp_path: Path, cache: Path) -> None:
+    folder = image_folder(tmp_path / "d")
+    first = load("folder", folder).train.pixels.clone()  # no map of a file that is about to shrink
+    kept = sorted(cache.iterdir())
+    assert [path.suffix for path in kept] == [".npy"] * 2
+    path = folder / "train" / "ant" / "0.png"
+    content, stat = path.read_bytes(), path.stat()
+    path.write_bytes(b"x" * len(content))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert torch.equal(load("folder", folder).train.pixels, first), "nothing is decoded again"
+    for cached in kept:
+        cached.write_bytes(cached.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"ant/0\.png cannot be read"):
+        load("folder", folder)
+    assert sorted(cache.iterdir()) == kept, "a failure leaves nothing behind"
+    path.write_bytes(content)
+    assert torch.equal(load("folder", folder).train.pixels, first)
+
+
+def test_without_a_place_for_the_cache_a_folder_is_read_with_a_warning(tmp_path: Path, cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="decoded images are not kept"):
+        assert len(load("folder", image_folder(tmp_path / "d")).train) == 6
+
+
 def test_what_is_wrong_with_an_image_folder_is_said(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "d")
     bad = root / "train" / "bee" / "1.png"
@@ -215,4 +269,4 @@ def test_limit_train_keeps_the_first_rows(cifar: Path) -> None:
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.cache_folder() == tmp_path / ".cache" / "accaware"
+    assert cache_folder() == tmp_path / ".cache" / "accaware"

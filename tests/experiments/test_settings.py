@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from accaware.experiments.settings import FREE_ON_RESUME, PTQ_ONLY, TRAIN_ONLY, Settings, check_same
+from accaware.experiments.settings import FREE_ON_RESUME, PTQ_ONLY, TRAIN_ONLY, Settings, check_same, read_recipe
 
 CHANGED = Settings(
     acc_bits=("12", "conv*=14"), keep=("conv1=8", "head=float"), lr=1e-5, data_dir="a b", tile=16, out="x"
@@ -24,7 +24,9 @@ def test_patterns_become_dictionaries() -> None:
     assert Settings(acc_bits=("conv1=9",)).spec.acc_bits == 16
 
 
-@pytest.mark.parametrize("settings", [Settings(), CHANGED, Settings(command="ptq", out="y")])
+@pytest.mark.parametrize(
+    "settings", [Settings(), CHANGED, Settings(quantize=False, equalize=True), Settings(command="ptq", out="y")]
+)
 def test_yaml_keeps_everything(settings: Settings) -> None:
     assert Settings.from_dict(yaml.safe_load(yaml.safe_dump(settings.to_dict()))) == settings
 
@@ -37,6 +39,11 @@ def test_the_command_line_names_what_is_not_the_default() -> None:
         *(("--data-dir", "a b"), ("--acc-bits", "12"), ("--acc-bits", "conv*=14"), ("--tile", "16")),
         *(("--keep", "conv1=8"), ("--keep", "head=float"), ("--lr", "1e-05"), ("--out", "x")),
     ]
+
+
+def test_the_command_line_says_what_is_on_and_off() -> None:
+    words = shlex.split(Settings(quantize=False, equalize=True).command_line())
+    assert words == ["accaware", "train", "--no-quantize", "--equalize"]
 
 
 def test_the_lists_of_names_are_names() -> None:
@@ -58,12 +65,27 @@ def test_the_lists_of_names_are_names() -> None:
         ({"keep": ("conv1=7.5",)}, "keep must be PATTERN=8 or PATTERN=float, not 'conv1=7.5'"),
         ({"method": "magic"}, "method must be one of projected, .*, not 'magic'"),
         ({"init": "magic"}, "init must be one of search, ep, none, not 'magic'"),
-        ({"normalize": "no"}, "normalize must be one of imagenet, cifar10, not 'no'"),
+        ({"normalize": "no"}, "normalize must be one of imagenet, cifar10, none, not 'no'"),
         ({"algorithm": "no"}, "algorithm must be one of projection, not 'no'"),
         ({"epochs": 0.0}, "epochs must be a positive number, not 0.0"),
         ({"lr": float("nan")}, "lr must be a positive number, not nan"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"command": "ptq", "quantize": False}, "ptq quantizes; quantize cannot be false"),
+        ({"lr": "fast"}, "lr must be a number, not 'fast'"),
+        ({"batch_size": 2.5}, r"batch_size must be an integer, not 2\.5"),
+        ({"seed": True}, "seed must be an integer, not True"),
+        ({"equalize": "yes"}, "equalize must be true or false, not 'yes'"),
+        ({"optimizer": "lamb"}, "optimizer must be one of sgd, adam, not 'lamb'"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 0\.999\], not 1\.0"),
+        ({"crop_pad": 0.6}, r"crop_pad must lie in \[0, 0\.5\], not 0\.6"),
+        ({"width": 0}, "width must be a positive number, not 0"),
+        ({"resize": 31}, "resize must be at least 32, not 31"),
+        ({"schedule": "x0.1"}, r"schedule must be cosine, constant, .*, not 'x0\.1'"),
+        ({"schedule": "x0.1/0"}, r"schedule must be cosine, constant, .*, not 'x0\.1/0'"),
+        ({"schedule": "x0.1@"}, r"schedule must be cosine, constant, .*, not 'x0\.1@'"),
+        ({"depthwise_method": "magic"}, "depthwise_method must be one of projected, .*, not 'magic'"),
+        ({"preload": "free", "depthwise_method": "a2q"}, "preload 'free' needs method 'projected', not 'a2q'"),
         ({"warmup": 1.5}, r"warmup must lie in \[0, 1\], not 1.5"),
     ],
 )
@@ -81,3 +103,43 @@ def test_only_where_a_run_computes_may_change() -> None:
     check_same(CHANGED, {"lr": 1e-5, "acc_bits": ("12", "conv*=14"), "device": "cuda", "devices": 4}, Path("x"))
     with pytest.raises(ValueError, match=r"run folder x was made with --batch-size 64, not 128"):
         check_same(CHANGED, {"lr": 1e-5, "batch_size": 128}, Path("x"))
+
+
+def test_values_take_the_type_of_their_setting() -> None:
+    """YAML 1.1 reads 1e-3 as text, and a width without quotes as a number."""
+    settings = Settings.from_dict({"lr": "1e-3", "epochs": 3, "acc_bits": 12, "keep": ["a=8"], "tile": None})
+    assert settings == Settings(lr=1e-3, epochs=3.0, acc_bits=("12",), keep=("a=8",))
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+
+
+def test_the_recipes_are_there() -> None:
+    names = {f"{file.parent.name}/{file.stem}" for file in RECIPES}
+    paper = ["cifar10-resnet18", "cifar10-mobilenetv1", "bsds300-espcn", "bsds300-unet"]
+    paper += [f"imagenet-resnet{depth}" for depth in (18, 34, 50)]
+    assert names >= {f"paper/{name}" for name in paper} | {f"quick/{name}" for name in [*paper[:4], "cifar10-resnet20"]}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_recipe_is_a_valid_run(file: Path) -> None:
+    Settings(**read_recipe(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1", "unknown setting 'learning_rate'"),
+        ("lr: fast", "lr must be a number, not 'fast'"),
+        ("- lr", "holds no settings"),
+        ("lr: [", "cannot be read: "),
+        (None, "cannot be read: .*No such file"),
+    ],
+)
+def test_what_is_no_recipe_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "r.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=rf"^recipe .*r\.yaml:? .*{message}") as caught:
+        read_recipe(file)
+    assert "\n" not in str(caught.value)

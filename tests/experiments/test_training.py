@@ -11,19 +11,42 @@ from torch import nn
 
 import accaware as aa
 from accaware.experiments.batches import EvalBatches
-from accaware.experiments.data import NORMALIZATIONS
+from accaware.experiments.images import NORMALIZATIONS
 from accaware.experiments.settings import Settings
-from accaware.experiments.training import Network, Plan, accelerator, parameter_groups, top1
+from accaware.experiments.training import Network, Plan, accelerator, evaluate, parameter_groups
 from experiments.helpers import random_images
 
 SETTINGS = Settings(lr=0.1, scale_lr=3.0, weight_decay=0.01, batch_size=10)
 
 
 def test_epochs_become_steps() -> None:
-    assert Plan.of(replace(SETTINGS, epochs=2, warmup=0.1), 99) == Plan(18, 2)
-    assert Plan.of(replace(SETTINGS, epochs=0.25), 99) == Plan(2, 0)
-    assert Plan.of(replace(SETTINGS, epochs=0.01), 99) == Plan(1, 0)
-    assert Plan.of(replace(SETTINGS, warmup=1), 99) == Plan(9, 8)
+    assert Plan.of(replace(SETTINGS, epochs=2, warmup=0.1), 99) == Plan(18, 2, None, 9)
+    assert Plan.of(replace(SETTINGS, epochs=0.25), 99) == Plan(2, 0, None, 9)
+    assert Plan.of(replace(SETTINGS, epochs=0.01), 99) == Plan(1, 0, None, 9)
+    assert Plan.of(replace(SETTINGS, warmup=1), 99) == Plan(9, 8, None, 9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("x0.5/1", [1, 0.5, 0.25, 0.125]),
+        ("x0.1/2", [1, 1, 0.1, 0.1]),
+        ("x0.1@1@3", [1, 0.1, 0.1, 0.01]),
+    ],
+)
+def test_schedules_change_the_rate_between_epochs(schedule: str, wanted: list[float]) -> None:
+    plan = Plan.of(replace(SETTINGS, epochs=4, warmup=0, schedule=schedule), 30)
+    assert [plan.rate(step) for step in range(12)] == pytest.approx([w for w in wanted for _ in range(3)])
+
+
+def test_the_optimizer_is_a_choice() -> None:
+    for name, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)):
+        settings = replace(SETTINGS, optimizer=name, momentum=0.5)
+        network = Network(prepared(), random_images(20, 0), NORMALIZATIONS["cifar10"], settings, 0.0)
+        optimizer = network.configure_optimizers()["optimizer"]
+        assert type(optimizer) is kind
+        assert name == "adam" or {group["momentum"] for group in optimizer.param_groups} == {0.5}
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
@@ -104,14 +127,14 @@ class Bright(nn.Module):
 def test_top1_counts_and_leaves_the_mode_alone() -> None:
     model = Bright()
     batches = EvalBatches(random_images(25, 0), 10, NORMALIZATIONS["cifar10"])
-    assert top1(model, batches, torch.device("cpu")) == pytest.approx(100 * 22 / 25)
+    assert evaluate(model, batches, torch.device("cpu")) == pytest.approx(100 * 22 / 25)
     assert model.training
 
 
 def test_an_output_without_room_for_the_labels_is_refused() -> None:
     batches = EvalBatches(random_images(25, 0), 10, NORMALIZATIONS["cifar10"])
-    with pytest.raises(ValueError, match=r"the model's output has shape \[10, 2\]; \[10, 3\] is needed"):
-        top1(Bright(2), batches, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the model's output has shape \[10, 2\]; \[10, 3\] or wider is needed"):
+        evaluate(Bright(2), batches, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

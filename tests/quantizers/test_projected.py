@@ -16,7 +16,7 @@ CASES = [("baseline", U4, "none"), ("projected", U4, "none"), ("projected", S4, 
 
 def quantizer(method, codes=U4, preload="none", channels=3, parts=1, acc_bits=8, per_channel=True):
     spec = Spec(4, 4, acc_bits, method, preload, per_channel=per_channel)
-    made = weight_quantizer(spec, channels, parts, depthwise=False)
+    made = weight_quantizer(spec, channels, parts)
     made.bind(codes, budget(codes, spec.accumulator), None)
     return made
 
@@ -74,7 +74,7 @@ def test_quantizing_twice_changes_nothing(method):
 
 
 def test_long_rows_keep_their_dtype():
-    ours = weight_quantizer(Spec(8, 8, 24), 1, 1, depthwise=False)
+    ours = weight_quantizer(Spec(8, 8, 24), 1, 1)
     ours.bind(U4, budget(U4, Spec(acc_bits=24).accumulator), None)
     rows = torch.randn(1, 1, 2**24 // 127 + 1)
     assert ours(rows).dtype == torch.float32

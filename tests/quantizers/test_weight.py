@@ -16,7 +16,7 @@ U4 = IntFormat.unsigned(4)
 
 def quantizer(method, channels=4, parts=1, acc_bits=9, per_channel=True):
     spec = Spec(4, 4, acc_bits, method, per_channel=per_channel)
-    made = weight_quantizer(spec, channels, parts, depthwise=False)
+    made = weight_quantizer(spec, channels, parts)
     register = Accumulator(64) if method == "baseline" else spec.accumulator
     made.bind(U4, budget(U4, register), None)
     return made

@@ -8,28 +8,51 @@ from typing import Annotated, Any
 import typer
 
 from accaware.cli import app
-from accaware.experiments.settings import Settings
+from accaware.experiments.settings import Settings, read_recipe
 
 _Option = typer.Option
 DATA, QUANT, TRAIN, RUN = "Data and model", "Quantization", "Training", "Run"
 
-Data = Annotated[str, _Option(help="cifar10 or folder (train/CLASS/*, test/CLASS/*).", rich_help_panel=DATA)]
-DataDir = Annotated[
-    str | None, _Option(help="Folder of the data; without it, cifar10 comes from the hub.", rich_help_panel=DATA)
+Data = Annotated[
+    str, _Option(help="cifar10, imagenet, bsds300 or folder (train/CLASS/*, test/CLASS/*).", rich_help_panel=DATA)
 ]
-ImageSize = Annotated[int, _Option(help="Side that images of a folder are cropped to.", rich_help_panel=DATA)]
-Normalize = Annotated[str, _Option(help="Mean and deviation of the pixels: imagenet or cifar10.", rich_help_panel=DATA)]
+DataDir = Annotated[
+    str | None, _Option(help="Folder of the data; without it, they are downloaded.", rich_help_panel=DATA)
+]
+ImageSize = Annotated[
+    int,
+    _Option(
+        help="Side that images of a folder (in training, small images of bsds300) are cropped to.", rich_help_panel=DATA
+    ),
+]
+Resize = Annotated[
+    int | None, _Option(help="Shorter side of a folder's images before that; none: the same.", rich_help_panel=DATA)
+]
+Normalize = Annotated[
+    str, _Option(help="Mean and deviation of the pixels: imagenet, cifar10 or none.", rich_help_panel=DATA)
+]
 ValSize = Annotated[
     int, _Option(help="Training rows split off and evaluated instead of the test set.", rich_help_panel=DATA)
 ]
 LimitTrain = Annotated[int | None, _Option(help="Use only the first rows of the training set.", rich_help_panel=DATA)]
 Model = Annotated[
-    str, _Option(help="resnet20, resnet32, resnet44, resnet56, or package.module:factory.", rich_help_panel=DATA)
+    str,
+    _Option(
+        help="resnet20, 32, 44, 56, resnet18-cifar, mobilenetv1; resnet18, 34, 50; espcn, unet; or module:factory.",
+        rich_help_panel=DATA,
+    ),
 ]
+Width = Annotated[float, _Option(help="Multiplies the channels of mobilenetv1.", rich_help_panel=DATA)]
 Checkpoint = Annotated[
     str | None, _Option(help="Float weights: safetensors, or a PyTorch state dict.", rich_help_panel=DATA)
 ]
 Method = Annotated[str, _Option(help="projected, a2q+, a2q or baseline.", rich_help_panel=QUANT)]
+DepthwiseMethod = Annotated[
+    str | None,
+    _Option(
+        help="Of depthwise layers (default: a2q where the method is a2q+, as in the paper).", rich_help_panel=QUANT
+    ),
+]
 WeightBits = Annotated[int, _Option(help="Bits of the integer weights, 2-8.", rich_help_panel=QUANT)]
 ActBits = Annotated[int, _Option(help="Bits of the activation codes, 1-8.", rich_help_panel=QUANT)]
 AccBits = Annotated[
@@ -48,11 +71,30 @@ Keep = Annotated[
         rich_help_panel=QUANT,
     ),
 ]
+Equalize = Annotated[
+    bool, _Option("--equalize", help="First equalize the channels of consecutive layers.", rich_help_panel=QUANT)
+]
+BiasCorrect = Annotated[
+    bool, _Option("--bias-correct", help="Last correct biases by the mean error.", rich_help_panel=QUANT)
+]
 Init = Annotated[str, _Option(help="First scales: search, ep or none.", rich_help_panel=QUANT)]
 Calib = Annotated[int, _Option(help="Training images for calibration.", rich_help_panel=QUANT)]
 Algorithm = Annotated[str, _Option(help="projection.", rich_help_panel=QUANT)]
 Epochs = Annotated[float, _Option(help="Passes over the training set; fractions are fine.", rich_help_panel=TRAIN)]
-Lr = Annotated[float, _Option(help="Peak learning rate (warm-up, then cosine).", rich_help_panel=TRAIN)]
+Lr = Annotated[float, _Option(help="Peak learning rate.", rich_help_panel=TRAIN)]
+Schedule = Annotated[
+    str,
+    _Option(
+        help="After the warm-up: cosine, constant, x0.1/30 (every 30 epochs) or x0.1@30@50 (after 30 and 50).",
+        rich_help_panel=TRAIN,
+    ),
+]
+Optimizer = Annotated[str, _Option(help="sgd or adam.", rich_help_panel=TRAIN)]
+Momentum = Annotated[float, _Option(help="Of sgd.", rich_help_panel=TRAIN)]
+CropPad = Annotated[
+    float, _Option(help="Padding of random crops, as a share of the image's side.", rich_help_panel=TRAIN)
+]
+Quantize = Annotated[bool, _Option(help="--no-quantize trains the float network.", rich_help_panel=TRAIN)]
 BatchSize = Annotated[int, _Option(help="Images per step, over all devices together.", rich_help_panel=TRAIN)]
 WeightDecay = Annotated[float, _Option(help="Of weights only.", rich_help_panel=TRAIN)]
 Warmup = Annotated[float, _Option(help="Share of the steps that warm up.", rich_help_panel=TRAIN)]
@@ -65,6 +107,7 @@ Devices = Annotated[int, _Option(help="Processes per node (DDP).", rich_help_pan
 NumNodes = Annotated[int, _Option(help="Nodes (DDP).", rich_help_panel=RUN)]
 CheckpointEvery = Annotated[int, _Option(help="Steps between checkpoints.", rich_help_panel=RUN)]
 Resume = Annotated[bool, _Option("--resume", help="Go on with the run in --out.", rich_help_panel=RUN)]
+Recipe = Annotated[Path | None, _Option(help="YAML file of settings; options given here win.", rich_help_panel=RUN)]
 Out = Annotated[str, _Option(help="Run folder.", rich_help_panel=RUN)]
 
 _D = Settings()
@@ -79,15 +122,19 @@ def _root() -> None:
 def train(
     context: typer.Context,
     out: Out,
+    recipe: Recipe = None,
     data: Data = _D.data,
     data_dir: DataDir = _D.data_dir,
     image_size: ImageSize = _D.image_size,
+    resize: Resize = _D.resize,
     normalize: Normalize = _D.normalize,
     val_size: ValSize = _D.val_size,
     limit_train: LimitTrain = _D.limit_train,
     model: Model = _D.model,
+    width: Width = _D.width,
     checkpoint: Checkpoint = _D.checkpoint,
     method: Method = _D.method,
+    depthwise_method: DepthwiseMethod = _D.depthwise_method,
     weight_bits: WeightBits = _D.weight_bits,
     act_bits: ActBits = _D.act_bits,
     acc_bits: AccBits = list(_D.acc_bits),  # noqa: B006 -- typer copies it
@@ -96,15 +143,22 @@ def train(
     outer_bits: OuterBits = _D.outer_bits,
     overflow: Overflow = _D.overflow,
     keep: Keep = None,
+    equalize: Equalize = _D.equalize,
     init: Init = _D.init,
+    bias_correct: BiasCorrect = _D.bias_correct,
     calib: Calib = _D.calib,
     epochs: Epochs = _D.epochs,
     lr: Lr = _D.lr,
+    schedule: Schedule = _D.schedule,
+    optimizer: Optimizer = _D.optimizer,
+    momentum: Momentum = _D.momentum,
     batch_size: BatchSize = _D.batch_size,
     weight_decay: WeightDecay = _D.weight_decay,
     warmup: Warmup = _D.warmup,
     scale_lr: ScaleLr = _D.scale_lr,
     distill: Distill = _D.distill,
+    crop_pad: CropPad = _D.crop_pad,
+    quantize: Quantize = _D.quantize,
     precision: Precision = _D.precision,
     seed: Seed = _D.seed,
     device: Device = _D.device,
@@ -115,13 +169,13 @@ def train(
 ) -> None:
     """Train an integer network that fits the accumulator, and prove it."""
     values = _values(context)
-    settings = Settings(command="train", **values)
+    settings = Settings(**{**values, "command": "train"})
     from rich.console import Console
 
     from accaware.experiments import job
 
     if resume:
-        job.resume(Path(out), {name: values[name] for name in values if _stated(context, name)}, Console())
+        job.resume(Path(out), values, Console())
     else:
         job.train(settings, Console())
 
@@ -130,15 +184,19 @@ def train(
 def ptq(
     context: typer.Context,
     out: Out,
+    recipe: Recipe = None,
     data: Data = _D.data,
     data_dir: DataDir = _D.data_dir,
     image_size: ImageSize = _D.image_size,
+    resize: Resize = _D.resize,
     normalize: Normalize = _D.normalize,
     val_size: ValSize = _D.val_size,
     limit_train: LimitTrain = _D.limit_train,
     model: Model = _D.model,
+    width: Width = _D.width,
     checkpoint: Checkpoint = _D.checkpoint,
     method: Method = _D.method,
+    depthwise_method: DepthwiseMethod = _D.depthwise_method,
     weight_bits: WeightBits = _D.weight_bits,
     act_bits: ActBits = _D.act_bits,
     acc_bits: AccBits = list(_D.acc_bits),  # noqa: B006 -- typer copies it
@@ -147,14 +205,16 @@ def ptq(
     outer_bits: OuterBits = _D.outer_bits,
     overflow: Overflow = _D.overflow,
     keep: Keep = None,
+    equalize: Equalize = _D.equalize,
     init: Init = _D.init,
+    bias_correct: BiasCorrect = _D.bias_correct,
     calib: Calib = _D.calib,
     algorithm: Algorithm = _D.algorithm,
     seed: Seed = _D.seed,
     device: Device = _D.device,
 ) -> None:
     """Quantize a trained network without training, and prove that it fits the accumulator."""
-    settings = Settings(command="ptq", **_values(context))
+    settings = Settings(**{**_values(context), "command": "ptq"})
     from rich.console import Console
 
     from accaware.experiments import job
@@ -163,9 +223,13 @@ def ptq(
 
 
 def _values(context: typer.Context) -> dict[str, Any]:
-    """The options as `Settings` names them."""
-    values = {name: value for name, value in context.params.items() if name != "resume"}
-    return {n: tuple(v or ()) if n in ("acc_bits", "keep") else v for n, v in values.items()}
+    """The options that were given, as `Settings` names them, over those of the recipe."""
+    recipe = context.params["recipe"]
+    values = {} if recipe is None else read_recipe(recipe)
+    given = {
+        name: v for name, v in context.params.items() if name not in ("resume", "recipe") and _stated(context, name)
+    }
+    return {**values, **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}}
 
 
 def _stated(context: typer.Context, name: str) -> bool:

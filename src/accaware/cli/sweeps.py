@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from accaware.cli import app
-from accaware.cli.jobs import _stated, _values, train
+from accaware.cli.jobs import _values, train
 
 _Argument, _Option = typer.Argument, typer.Option
 SWEEP = "Sweep"
@@ -40,7 +40,7 @@ def sweep(
     grid: Annotated[
         list[str], _Option(help="KEY=V1,V2 or KEY=LO..HI: a setting and all its values.", rich_help_panel=SWEEP)
     ],
-    recipe: Annotated[str | None, _Argument(help="A YAML file of settings.", show_default=False)] = None,
+    recipe: Annotated[Path | None, _Argument(help="A YAML file of settings.", show_default=False)] = None,
     address: Annotated[
         str | None, _Option(help="Of a Ray cluster; auto finds it. [default: this machine]", rich_help_panel=SWEEP)
     ] = None,
@@ -62,10 +62,8 @@ def sweep(
     Options of `train` apply to all points; they win over the recipe, and the grid wins over them.
     """
     from accaware.experiments.grid import parse, points
-    from accaware.experiments.settings import recipe_values
 
-    stated = {name: value for name, value in _values(context).items() if name in options and _stated(context, name)}
-    todo = points(parse(grid), {**(recipe_values(Path(recipe)) if recipe else {}), **stated})
+    todo = points(parse(grid), {name: value for name, value in _values(context).items() if name in options})
     from rich.console import Console
 
     from accaware.experiments.sweep import sweep as run

@@ -12,10 +12,10 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from accaware.experiments.data import Images, Normalization
+from accaware.experiments.images import Images, Normalization
+from accaware.experiments.tasks import CLASSIFICATION, Task
 
 ORDER, AUGMENT, CALIBRATE, STEP = 0, 1, 2, 3  # what a stream of random numbers is for
 
@@ -37,27 +37,13 @@ def normalize(pixels: Tensor, normalization: Normalization) -> Tensor:
     return x.mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def augment(pixels: Tensor, random: torch.Generator) -> Tensor:
-    """A random crop of each image padded by a sixteenth of its side with black, and a flip with probability 1/2.
-
-    Half of what is usual for CIFAR-10: a network of few bits, trained on for few epochs, does not memorize.
-    """
-    count, _, height, width = pixels.shape
-    pad = height // 16
-    top, left = torch.randint(2 * pad + 1, (2, count), generator=random).to(pixels.device)
-    flip = (torch.rand(count, generator=random) < 0.5).to(pixels.device)
-    windows = F.pad(pixels, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # [B, 3, 2p+1, 2p+1, H, W]
-    cropped = windows[torch.arange(count, device=pixels.device), :, top, left]
-    cropped[flip] = cropped[flip].flip(-1)
-    return cropped
-
-
 @dataclass(frozen=True)
 class TrainBatches:
     """The training batches of all steps of a run, as a function of the step.
 
     `part` of `parts`: which rows of every batch this process takes, so that the union over the processes is the batch
-    that a single process would see. The last rows of an epoch that do not fill a batch are left out.
+    that a single process would see. The last rows of an epoch that do not fill a batch are left out. `crop_pad` and
+    `side`: what the task's `augment` takes. `device`: where the batches are made (None: where the images lie).
     Raises `ValueError` where the batch is larger than the data or cannot be shared out evenly.
     """
 
@@ -67,6 +53,10 @@ class TrainBatches:
     normalization: Normalization
     part: int = 0
     parts: int = 1
+    task: Task = CLASSIFICATION
+    crop_pad: float = 0.0625
+    side: int = 32
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         size, most = self.batch_size, len(self.images)
@@ -85,13 +75,15 @@ class TrainBatches:
         return torch.randperm(len(self.images), generator=generator(self.seed, ORDER, epoch))
 
     def batch(self, step: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(float32 [B, 3, H, W], int64 [B]) of global step `step`; `order` saves drawing the permutation again."""
+        """(float32 [B, 3, H, W], targets) of global step `step`; `order` saves drawing the permutation again."""
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = (self.order(epoch) if order is None else order)[index * self.batch_size : (index + 1) * self.batch_size]
         chosen = self.images.rows(rows)
-        pixels = augment(chosen.pixels, generator(self.seed, AUGMENT, epoch, index))
+        chosen = chosen if self.device is None else chosen.to(self.device)
+        random = generator(self.seed, AUGMENT, epoch, index)
+        pixels, labels = self.task.augment(chosen.pixels, chosen.labels, self.crop_pad, self.side, random)
         mine = slice(self.part, None, self.parts)
-        return normalize(pixels[mine], self.normalization), chosen.labels[mine]
+        return normalize(pixels[mine], self.normalization), self.task.target(labels[mine])
 
     def stream(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of steps first, ..., last - 1."""
@@ -110,6 +102,7 @@ class EvalBatches:
     images: Images
     batch_size: int
     normalization: Normalization
+    task: Task = CLASSIFICATION
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
@@ -117,7 +110,7 @@ class EvalBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, len(self.images), self.batch_size):
             chosen = self.images.rows(slice(first, first + self.batch_size))
-            yield normalize(chosen.pixels, self.normalization), chosen.labels
+            yield normalize(chosen.pixels, self.normalization), self.task.target(chosen.labels)
 
 
 def calibration_images(images: Images, count: int, seed: int) -> Images:

@@ -35,8 +35,8 @@ def parse(texts: Sequence[str]) -> dict[str, list[str]]:
             if not low <= high < low + LARGEST:
                 raise ValueError(f"--grid {text}: a range needs LO <= HI, and at most {LARGEST} values")
             words = [str(n) for n in range(low, high + 1)]
-        if name in FREE_ON_RESUME:
-            raise ValueError(f"--grid {text}: {name} says where a run computes, not what, and makes no points")
+        if name == "command" or name in FREE_ON_RESUME:
+            raise ValueError(f"--grid {text}: {name} makes no points: it does not say what a run trains")
         if name in grid or len(set(words)) < len(words):
             raise ValueError(f"--grid {text}: {name if name in grid else 'a value'} is given twice")
         grid[name] = words

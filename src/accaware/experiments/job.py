@@ -18,13 +18,15 @@ import accaware as aa
 from accaware.certify.certificate import Certificate
 from accaware.certify.model import certify
 from accaware.experiments import models, runs
-from accaware.experiments.batches import EvalBatches, TrainBatches, calibration_images
+from accaware.experiments.batches import EvalBatches, calibration_images
 from accaware.experiments.checkpoints import load_weights
-from accaware.experiments.data import NORMALIZATIONS, Dataset, Images, load
+from accaware.experiments.data import Dataset, load
+from accaware.experiments.images import NORMALIZATIONS, Images
 from accaware.experiments.settings import Settings, check_same
-from accaware.experiments.training import Network, Plan, fit, top1
+from accaware.experiments.tasks import Task
+from accaware.experiments.training import Network, Plan, evaluate, fit, train_batches
 
-EVAL_BATCH = 500
+EVAL_PIXELS = 500 * 32 * 32  # in the outputs or inputs of one batch
 CALIB_BATCH = 250
 BATCHNORM_IMAGES = 4000
 
@@ -45,10 +47,11 @@ class Job:
     reference: nn.Module | None
     started: float
 
-    def top1(self, model: nn.Module) -> float:
-        """Percent on the test (or validation) images."""
-        batches = EvalBatches(self.data.evaluation, EVAL_BATCH, self.calibration.normalization)
-        return top1(model.to(self.device), batches, self.device)
+    def score(self, model: nn.Module) -> float:
+        """The task's metric on the test (or validation) images."""
+        images = self.data.evaluation
+        batches = EvalBatches(images, _fitting(images), self.calibration.normalization, self.data.task)
+        return evaluate(model.to(self.device), batches, self.device)
 
 
 def train(settings: Settings, console: Console) -> dict[str, Any]:
@@ -79,18 +82,20 @@ def resume(folder: Path, given: Mapping[str, Any], console: Console) -> dict[str
 
 def _train(run: runs.RunFolder, settings: Settings, console: Console, resume: bool) -> dict[str, Any]:
     job = _prepare(settings)
-    float_top1 = _float_top1(job, console)
+    float_score = _float_score(job, console)
     if first_process() and not resume:
         run.create(settings)
     last = run.last_checkpoint() if resume else None
     if last is None:  # start from statistics that fit the integers
-        aa.reestimate_batchnorm(job.model, _as_in_training(job.data.train, settings))
+        aa.reestimate_batchnorm(job.model, _as_in_training(job.data, settings))
     teacher = job.reference if settings.distill else None
-    network = Network(job.model, job.data.train, job.calibration.normalization, settings, job.started, teacher)
+    network = Network(
+        job.model, job.data.train, job.calibration.normalization, settings, job.started, teacher, job.data.task
+    )
     trainer = fit(network, run, settings, console, last)
     if not trainer.is_global_zero:
         return {}
-    return _finish(job, run, float_top1, network.elapsed(), console, Plan.of(settings, len(job.data.train)))
+    return _finish(job, run, float_score, network.elapsed(), console, Plan.of(settings, len(job.data.train)))
 
 
 def ptq(settings: Settings, console: Console) -> dict[str, Any]:
@@ -100,29 +105,26 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.checkpoint is None and settings.model in models.BUILT_IN:
         raise ValueError("ptq needs the weights of a trained model: --checkpoint")
     job = _prepare(settings)
-    float_top1 = _float_top1(job, console)
+    float_score = _float_score(job, console)
     run.create(settings)
-    return _finish(job, run, float_top1, time.monotonic() - job.started, console)
+    return _finish(job, run, float_score, time.monotonic() - job.started, console)
 
 
 def load_run(folder: Path) -> nn.Module:
-    """The prepared model of a complete run, in evaluation mode on the CPU, from its folder alone."""
+    """The prepared (or float) model of a complete run, in evaluation mode on the CPU, from its folder alone."""
     run = runs.RunFolder(folder)
     settings, state = run.settings(), run.model_state()
-    model = models.build(settings.model, _classes(run))
-    _quantize(model, settings, torch.zeros(1, 3, settings.image_size, settings.image_size))
+    model = models.build(settings.model, run.result()["classes"], settings.width)
+    if settings.quantize:
+        _quantize(model, settings, sample_input(folder))
     model.load_state_dict(state)
     return model.eval()
 
 
 def sample_input(folder: Path) -> torch.Tensor:
-    """An input of the run's model, zeros, of two rows."""
+    """An input of the run's model: two rows of zeros."""
     size = runs.RunFolder(folder).settings().image_size
     return torch.zeros(2, 3, size, size)
-
-
-def _classes(run: runs.RunFolder) -> int:
-    return int(run.result()["classes"])
 
 
 def _prepare(settings: Settings) -> Job:
@@ -136,71 +138,79 @@ def _prepare(settings: Settings) -> Job:
         folder,
         val_size=settings.val_size,
         image_size=settings.image_size,
+        resize=settings.resize,
         limit_train=settings.limit_train,
     )
     if settings.command == "train" and settings.batch_size > len(data.train):
         raise ValueError(f"batch_size must lie in [1, {len(data.train)}] (the training set), not {settings.batch_size}")
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, data.classes)
+    model = models.build(settings.model, data.classes, settings.width)
     if settings.checkpoint is not None:
         load_weights(model, Path(settings.checkpoint))
     trained = settings.checkpoint is not None or settings.model not in models.BUILT_IN
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    reference = copy.deepcopy(model).eval() if trained else None
+    if settings.equalize:
+        aa.equalize(model)
+    reference = copy.deepcopy(model).eval()
     images = calibration_images(data.train, settings.calib, settings.seed)
-    calibration = EvalBatches(images, CALIB_BATCH, NORMALIZATIONS[settings.normalize])
-    sample, _ = next(iter(calibration))
-    _quantize(model, settings, sample[:2].to(device))
-    aa.calibrate(model, calibration, init=settings.init)
-    return Job(settings, device, data, calibration, model, reference, started)
+    size = min(CALIB_BATCH, _fitting(images))
+    calibration = EvalBatches(images, size, NORMALIZATIONS[settings.normalize], data.task)
+    if settings.quantize:
+        sample, _ = next(iter(calibration))
+        _quantize(model, settings, sample[:2].to(device))
+        aa.calibrate(model, calibration, init=settings.init)
+        if settings.bias_correct:
+            aa.bias_correct(model, reference, calibration)
+    return Job(settings, device, data, calibration, model, reference if trained else None, started)
 
 
-def _as_in_training(images: Images, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _fitting(images: Images) -> int:
+    """How many of these images a batch without gradients takes."""
+    sizes = [t.shape[-1] * t.shape[-2] for t in (images.pixels, images.labels) if t.dim() == 4]
+    return max(1, EVAL_PIXELS // max(sizes))
+
+
+def _as_in_training(data: Dataset, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Augmented images: batch-norm averaged over such, and the statistics of plain ones differ."""
-    size = min(CALIB_BATCH, len(images))
-    batches = TrainBatches(images, size, settings.seed, NORMALIZATIONS[settings.normalize])
-    return batches.stream(0, min(BATCHNORM_IMAGES, len(images)) // size)
+    size = min(CALIB_BATCH, len(data.train))
+    normalization = NORMALIZATIONS[settings.normalize]
+    batches = train_batches(data.train, replace(settings, batch_size=size), normalization, data.task)
+    return batches.stream(0, min(BATCHNORM_IMAGES, len(data.train)) // size)
 
 
 def _quantize(model: nn.Module, settings: Settings, sample: torch.Tensor) -> None:
     keep = settings.keep_patterns
     if not keep and settings.model in models.BUILT_IN:
-        keep = dict(models.KEEP_FIRST_AND_LAST)
+        keep = dict(model.keep)  # type: ignore[arg-type]
     aa.prepare_(model, settings.spec, sample, keep=keep, acc_bits=settings.acc_patterns)
 
 
-def _float_top1(job: Job, console: Console) -> float | None:
+def _float_score(job: Job, console: Console) -> float | None:
     if job.reference is None or not first_process():
         return None
-    value = job.top1(job.reference)
-    console.print(f"float top-1 {value:.2f} % ({job.data.split})", highlight=False)
+    value = job.score(job.reference)
+    console.print(f"float {_shown(job.data.task, value)} ({job.data.split})", highlight=False)
     return value
 
 
 def _finish(
-    job: Job, run: runs.RunFolder, float_top1: float | None, seconds: float, console: Console, plan: Plan | None = None
+    job: Job, run: runs.RunFolder, float_score: float | None, seconds: float, console: Console, plan: Plan | None = None
 ) -> dict[str, Any]:
-    """Judge the model and write it, its certificate and, last, its result."""
+    """Judge the model and write it, its certificate (a float network has none) and, last, its result."""
     settings, before = job.settings, time.monotonic()
     model = job.model.to(job.device).eval()
     # The running averages of training lag behind the weights, and remember the last few batches only.
-    aa.reestimate_batchnorm(model, _as_in_training(job.data.train, settings))
-    accuracy = job.top1(model)
-    certificate = certify(model)
-    spec = settings.spec
+    aa.reestimate_batchnorm(model, _as_in_training(job.data, settings))
+    score, metric = job.score(model), job.data.task.metric
+    certificate = certify(model) if settings.quantize else None
+    request = {name: getattr(settings.spec, name) for name in ("method", "weight_bits", "act_bits", "acc_bits")}
     result = {
-        "metric": "top1",
-        "top1": round(accuracy, 4),
-        "float_top1": None if float_top1 is None else round(float_top1, 4),
+        "metric": metric,
+        metric: round(score, 4),
+        f"float_{metric}": None if float_score is None else round(float_score, 4),
         "split": job.data.split,
-        "holds": bool(certificate.holds),
-        "method": spec.method,
-        "weight_bits": spec.weight_bits,
-        "act_bits": spec.act_bits,
-        "acc_bits": spec.acc_bits,
-        "bits_needed": certificate.bits_needed,
-        "sparsity": _sparsity(certificate),
-        "zero_channels": sum(op.zero_channels for op in certificate.inside),
+        **(dict.fromkeys(request) | {"method": "float"} if certificate is None else request),
+        **_proof(certificate),
         "epochs": 0 if plan is None else settings.epochs,
         "steps": 0 if plan is None else plan.steps,
         "seed": settings.seed,
@@ -213,10 +223,22 @@ def _finish(
         "commit": runs.commit(),
     }
     run.write_model(model, {"accaware": aa.__version__, "command": settings.command_line()})
-    certificate.save(run.path / "certificate.json")
+    if certificate is not None:
+        certificate.save(run.path / "certificate.json")
     run.write_result(result)
-    _report(result, run, console)
+    _report(result, run, job.data.task, console)
     return result
+
+
+def _proof(certificate: Certificate | None) -> dict[str, Any]:
+    if certificate is None:
+        return {"holds": False, "bits_needed": None, "sparsity": None, "zero_channels": None}
+    return {
+        "holds": bool(certificate.holds),
+        "bits_needed": certificate.bits_needed,
+        "sparsity": _sparsity(certificate),
+        "zero_channels": sum(op.zero_channels for op in certificate.inside),
+    }
 
 
 def _sparsity(certificate: Certificate) -> float | None:
@@ -228,15 +250,20 @@ def _sparsity(certificate: Certificate) -> float | None:
     return round(zeros / sum(weights), 6)
 
 
-def _report(result: dict[str, Any], run: runs.RunFolder, console: Console) -> None:
-    proof = "proven" if result["holds"] else "NOT proven"
+def _report(result: dict[str, Any], run: runs.RunFolder, task: Task, console: Console) -> None:
+    proof = f"{'proven' if result['holds'] else 'NOT proven'} to fit {result['acc_bits']} bits "
+    proof += f"(worst layer needs {result['bits_needed']})"
     console.print(
-        f"top-1 {result['top1']:.2f} % ({result['split']}), {proof} to fit {result['acc_bits']} bits "
-        f"(worst layer needs {result['bits_needed']}), {result['seconds']:.0f} s: {run.path}",
+        f"{_shown(task, result[task.metric])} ({result['split']}), "
+        f"{'float' if result['method'] == 'float' else proof}, {result['seconds']:.0f} s: {run.path}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def _shown(task: Task, value: float) -> str:
+    return f"{task.name} {value:.2f} {task.unit}"
 
 
 def find_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,8 +16,8 @@ Init = Literal["search", "ep", "none"]
 #: May differ when a run is resumed: where it computes, not what.
 FREE_ON_RESUME = {"device", "devices", "num_nodes", "checkpoint_every", "data_dir", "checkpoint", "out"}
 TRAIN_ONLY = {
-    *("epochs", "lr", "batch_size", "weight_decay", "warmup", "scale_lr", "distill"),
-    *("devices", "num_nodes", "precision", "checkpoint_every"),
+    *("quantize", "epochs", "lr", "schedule", "optimizer", "momentum", "batch_size", "weight_decay", "warmup"),
+    *("scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
 PTQ_ONLY = {"algorithm"}
 
@@ -26,20 +27,24 @@ class Settings:
     """What to do, from data to run folder. Lengths are in images, epochs or steps; bits are bits.
 
     `acc_bits`: "12", or "PATTERN=32" for the layers whose name matches. `keep`: "PATTERN=8" or "PATTERN=float";
-    empty means first and last layer of a built-in model at 8 bits. Raises `ValueError` on construction where a value
-    is out of its range.
+    empty means what a built-in model says (first and last layer at 8 bits). `quantize`: False trains the float network.
+    `schedule`: see `Schedule`. Raises `ValueError` on construction where a value is out of its range.
     """
 
     command: str = "train"
     data: str = "cifar10"
     data_dir: str | None = None
     image_size: int = 32
+    resize: int | None = None
     normalize: str = "imagenet"
     val_size: int = 0
     limit_train: int | None = None
     model: str = "resnet20"
+    width: float = 1.0
     checkpoint: str | None = None
+    quantize: bool = True
     method: Method = "projected"
+    depthwise_method: Method | None = None
     weight_bits: int = 4
     act_bits: int = 4
     acc_bits: tuple[str, ...] = ("16",)
@@ -48,16 +53,22 @@ class Settings:
     outer_bits: int = 32
     overflow: Overflow = "wrap"
     keep: tuple[str, ...] = ()
+    equalize: bool = False
     init: Init = "search"
+    bias_correct: bool = False
     calib: int = 1000
     algorithm: str = "projection"
     epochs: float = 1.0
     lr: float = 0.01
+    schedule: str = "cosine"
+    optimizer: str = "sgd"
+    momentum: float = 0.9
     batch_size: int = 64
     weight_decay: float = 1e-5
     warmup: float = 0.05
     scale_lr: float = 1.0
     distill: float = 0.0
+    crop_pad: float = 0.0625
     seed: int = 0
     device: str = "auto"
     devices: int = 1
@@ -67,18 +78,25 @@ class Settings:
     out: str = ""
 
     def __post_init__(self) -> None:
-        _one_of("normalize", self.normalize, ("imagenet", "cifar10"))
+        _one_of("normalize", self.normalize, ("imagenet", "cifar10", "none"))
+        _one_of("optimizer", self.optimizer, ("sgd", "adam"))
         _one_of("init", self.init, get_args(Init))
         _one_of("algorithm", self.algorithm, ("projection",))
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("val_size", "weight_decay", "distill", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("epochs", "lr", "scale_lr"):
+        if self.resize is not None:
+            _at_least("resize", self.resize, self.image_size)
+        for name in ("epochs", "lr", "scale_lr", "width"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must lie in [0, 1], not {self.warmup}")
+        for name, high in (("warmup", 1), ("momentum", 0.999), ("crop_pad", 0.5)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie in [0, {high}], not {getattr(self, name)}")
+        Schedule.parse(self.schedule)
+        if self.command == "ptq" and not self.quantize:
+            raise ValueError("ptq quantizes; quantize cannot be false")
         self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
 
     @property
@@ -90,6 +108,7 @@ class Settings:
             act_bits=self.act_bits,
             acc_bits=16 if plain is None else plain,
             method=self.method,
+            depthwise_method=self.depthwise_method,
             preload=self.preload,
             tile=self.tile,
             outer_bits=self.outer_bits,
@@ -120,22 +139,76 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of `to_dict`; a name that is no setting is an error."""
-        names = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - names):
-            raise ValueError(f"unknown setting {unknown[0]!r}")
-        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-        return cls(**plain)
+        """The inverse of `to_dict`; a name that is no setting is an error, as is a value of another type."""
+        return cls(**typed(values))
 
     def command_line(self) -> str:
         """The command that repeats this run: its options that are not the default."""
         words = ["accaware", self.command]
         defaults = {f.name: f.default for f in fields(self)}
         for name, value in self.to_dict().items():
-            if name != "command" and _plain(value) != _plain(defaults[name]):
+            if name == "command" or _plain(value) == _plain(defaults[name]):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+            else:
                 for item in value if isinstance(value, list) else [value]:
                     words += [f"--{name.replace('_', '-')}", f"{item}"]
         return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate relative to its peak: "cosine" falls to 0; "x0.1/30" multiplies by 0.1 every 30 epochs,
+    "x0.1@30@50" after 30 and after 50 epochs; "constant" does nothing.
+    """
+
+    factor: float
+    every: float | None = None
+    at: tuple[float, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule | None:
+        """None for the cosine. Raises `ValueError` for anything else than the above."""
+        number = r"(\d+\.?\d*)"
+        if text == "cosine":
+            return None
+        if text == "constant":
+            return cls(1.0)
+        found = re.fullmatch(rf"x{number}(?:/{number}|((?:@{number})+))", text)
+        if found is None or (found[2] is not None and float(found[2]) == 0):
+            raise ValueError(f"schedule must be cosine, constant, xFACTOR/EPOCHS or xFACTOR@EPOCH@EPOCH, not {text!r}")
+        at = tuple(float(epoch) for epoch in (found[3] or "").split("@")[1:])
+        return cls(float(found[1]), None if found[2] is None else float(found[2]), at)
+
+    def rate(self, epoch: float) -> float:
+        """Of the step that starts after `epoch` epochs, a fraction."""
+        passed = sum(epoch >= mark for mark in self.at) if self.every is None else int(epoch / self.every)
+        return float(self.factor**passed)
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """The settings of a YAML file, by name; of a run's `config.yaml` those that another run can have.
+
+    Raises `ValueError` for what is no such file, and for unknown names.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {file} holds no settings")
+    try:
+        return {name: value for name, value in typed(values).items() if name not in ("command", "out")}
+    except ValueError as error:
+        raise ValueError(f"recipe {file}: {error}") from error
+
+
+def typed(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values of settings by name, in the types of their fields. Raises `ValueError` for unknown names and types."""
+    return {name: setting(name, value) for name, value in values.items()}
 
 
 def acc_widths(texts: Sequence[str]) -> tuple[int | None, dict[str, int]]:
@@ -148,22 +221,6 @@ def acc_widths(texts: Sequence[str]) -> tuple[int | None, dict[str, int]]:
     return _integer("acc_bits", plain[0]) if plain else None, widths
 
 
-def recipe_values(path: Path) -> dict[str, Any]:
-    """The settings that a recipe states: a YAML file of their names and values. It names neither `command` nor `out`.
-
-    Raises `ValueError`, one line with the path, for what is no recipe, and `OSError`.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("a recipe is a YAML file of names and values")
-        return {name: setting(name, value) for name, value in values.items()}
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"recipe {path}: {error}") from error
-
-
 def setting(name: Any, value: Any) -> Any:
     """`value`, as YAML or a word of the command line has it, in the type of the setting `name`.
 
@@ -173,11 +230,11 @@ def setting(name: Any, value: Any) -> Any:
     (('12',), 0.01, None)
     """
     hints = get_type_hints(Settings)
-    if name not in hints or name in ("command", "out"):
+    if name not in hints:
         raise ValueError(f"unknown setting {name!r}")
     kind, *optional = get_args(hints[name]) if type(None) in get_args(hints[name]) else (hints[name],)
     if get_origin(kind) is tuple:
-        return tuple(map(str, value if isinstance(value, list) else [value]))
+        return tuple(map(str, value if isinstance(value, list | tuple) else [value]))
     if optional and value in (None, "none"):
         return None
     kind = str if get_origin(kind) is Literal else kind

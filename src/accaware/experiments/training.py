@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -30,34 +29,40 @@ from torch import Tensor, nn
 
 import accaware as aa
 from accaware.experiments.batches import STEP, EvalBatches, TrainBatches, seed_of
-from accaware.experiments.data import Images, Normalization
+from accaware.experiments.images import Images, Normalization
 from accaware.experiments.runs import RunFolder
-from accaware.experiments.settings import Settings
+from accaware.experiments.settings import Schedule, Settings
+from accaware.experiments.tasks import CLASSIFICATION, Task
 from accaware.files import write_whole
 from accaware.quantizers import ActivationQuantizer, WeightQuantizer
 
 LOG_EVERY = 10
-MOMENTUM = 0.9
+RESIDENT = 8 << 30  # bytes of images that may lie in the memory of a GPU
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many optimizer steps a run takes, and how many of them warm up."""
+    """How many optimizer steps a run takes and how many of them warm up; the schedule, and the steps of its epochs."""
 
     steps: int
     warmup: int
+    schedule: Schedule | None = None
+    per_epoch: int = 1
 
     @classmethod
     def of(cls, settings: Settings, images: int) -> Plan:
         """From epochs, of which the last rows that fill no batch are no part."""
         per_epoch = images // settings.batch_size
         steps = max(1, round(settings.epochs * per_epoch))
-        return cls(steps, min(steps - 1, round(settings.warmup * steps)))
+        warmup = min(steps - 1, round(settings.warmup * steps))
+        return cls(steps, warmup, Schedule.parse(settings.schedule), per_epoch)
 
     def rate(self, step: int) -> float:
-        """The learning rate of `step` relative to its peak: linear warm-up, then a cosine to 0."""
+        """The learning rate of `step` relative to its peak: linear warm-up, then the schedule (None: a cosine to 0)."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
+        if self.schedule is not None:
+            return self.schedule.rate(step / self.per_epoch)
         return 0.5 + 0.5 * math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))
 
 
@@ -81,7 +86,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 
 class Network(LightningModule):
-    """Cross-entropy, the quantizers' penalty, and optionally the distance to the float network (`teacher`).
+    """The task's loss, the quantizers' penalty, and optionally the distance to the float network (`teacher`).
 
     `started`: when the job started, by the monotonic clock.
     """
@@ -94,10 +99,11 @@ class Network(LightningModule):
         settings: Settings,
         started: float,
         teacher: nn.Module | None = None,
+        task: Task = CLASSIFICATION,
     ) -> None:
         super().__init__()
         self.model = model
-        self.images, self.normalization, self.settings = images, normalization, settings
+        self.images, self.normalization, self.settings, self.task = images, normalization, settings, task
         self.plan = Plan.of(settings, len(images))
         self._teacher = [teacher]  # in a list: no part of the checkpoint
         self._started, self._before = started, 0.0
@@ -105,10 +111,9 @@ class Network(LightningModule):
     def train_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Called once per session, when the checkpoint has told how many steps are done."""
         trainer, device = self.trainer, self.trainer.strategy.root_device
-        images = Images(self.images.pixels.to(device), self.images.labels.to(device))
-        s = self.settings
-        batches = TrainBatches(
-            images, s.batch_size, s.seed, self.normalization, trainer.global_rank, trainer.world_size
+        images = self.images.to(device) if self.images.pixels.nbytes <= RESIDENT else self.images
+        batches = train_batches(
+            images, self.settings, self.normalization, self.task, trainer.global_rank, trainer.world_size, device
         )
         if self._teacher[0] is not None:
             self._teacher[0].eval().to(device)
@@ -120,25 +125,25 @@ class Network(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one batch, and what the log shows of it."""
-        x, labels = batch
-        logits = self.model(x).float()
+        x, target = batch
+        output = self.model(x).float()
+        score = self.task.score(output.detach(), target).mean()
         penalty = aa.penalty(self.model)
-        loss = F.cross_entropy(logits, labels) + penalty
+        loss = self.task.loss(output, target) + penalty
         if self._teacher[0] is not None:
-            loss = loss + self.settings.distill * self._distance(x, logits)
-        top1 = 100 * (logits.detach().argmax(1) == labels).float().mean()
-        return {"loss": loss, "top1": top1, "penalty": torch.as_tensor(penalty).detach()}
-
-    def _distance(self, x: Tensor, logits: Tensor) -> Tensor:
-        """KL divergence of the float network's output from this one's, per image (Hinton et al. 2015, T = 1)."""
-        assert self._teacher[0] is not None
-        with torch.no_grad():
-            target = self._teacher[0](x).float().log_softmax(1)
-        return F.kl_div(logits.log_softmax(1), target, reduction="batchmean", log_target=True)
+            with torch.no_grad():
+                wanted = self._teacher[0](x).float()
+            loss = loss + self.settings.distill * self.task.distance(output, wanted)
+        return {"loss": loss, self.task.metric: score, "penalty": penalty.detach()}
 
     def configure_optimizers(self) -> Any:
-        """SGD with momentum 0.9; the rate follows `Plan.rate` step by step."""
-        optimizer = torch.optim.SGD(parameter_groups(self.model, self.settings), momentum=MOMENTUM)
+        """SGD with momentum, or Adam; the rate follows `Plan.rate` step by step."""
+        groups = parameter_groups(self.model, self.settings)
+        optimizer: torch.optim.Optimizer
+        if self.settings.optimizer == "adam":
+            optimizer = torch.optim.Adam(groups)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=self.settings.momentum)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.plan.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -194,17 +199,16 @@ class KeepLast(Callback):
 class Log(Callback):
     """`log.csv`, TensorBoard if it is there, and the progress bar."""
 
-    FIELDS = ("step", "epoch", "loss", "penalty", "top1", "lr", "seconds")
-
-    def __init__(self, file: Path, console: Console, plan: Plan, steps_per_epoch: int) -> None:
-        self.file, self.console, self.plan, self.steps_per_epoch = file, console, plan, steps_per_epoch
+    def __init__(self, file: Path, console: Console, plan: Plan, metric: str) -> None:
+        self.file, self.console, self.plan, self.metric = file, console, plan, metric
+        self.fields = ("step", "epoch", "loss", "penalty", metric, "lr", "seconds")
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  top1 {task.fields[top1]:.1f}"),
+            TextColumn("loss {task.fields[loss]:.3f}  " + metric + " {task.fields[score]:.1f}"),
             console=console,
         )
 
@@ -215,11 +219,11 @@ class Log(Callback):
         write_whole(self.file, "".join(self._rows_until(trainer.global_step)))
         if self.console.is_terminal:
             done = trainer.global_step
-            self.bar = self.progress.add_task("", total=self.plan.steps, completed=done, loss=math.nan, top1=math.nan)
+            self.bar = self.progress.add_task("", total=self.plan.steps, completed=done, loss=math.nan, score=math.nan)
             self.progress.start()
 
     def _rows_until(self, step: int) -> Iterator[str]:
-        yield ",".join(self.FIELDS) + "\n"
+        yield ",".join(self.fields) + "\n"
         if self.file.exists():
             with self.file.open(newline="") as file:
                 for row in csv.reader(file):
@@ -231,14 +235,14 @@ class Log(Callback):
         step = trainer.global_step
         if step % LOG_EVERY and step != self.plan.steps:
             return
-        values = {name: float(outputs[name]) for name in ("loss", "penalty", "top1")}
+        values = {name: float(outputs[name]) for name in ("loss", "penalty", self.metric)}
         if not math.isfinite(values["loss"]):  # every process sees it
             raise ValueError(f"training diverged: at step {step} the loss is {values['loss']}; try a smaller --lr")
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Network)
         values["lr"] = pl_module.settings.lr * self.plan.rate(step - 1)
-        row = (step, step / self.steps_per_epoch, *values.values(), pl_module.elapsed())
+        row = (step, step / self.plan.per_epoch, *values.values(), pl_module.elapsed())
         with self.file.open("a") as file:
             file.write(",".join(f"{v:.6g}" for v in row) + "\n")
         for logger in trainer.loggers:
@@ -247,9 +251,9 @@ class Log(Callback):
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         if self.progress.live.is_started:
-            self.progress.update(self.bar, completed=step, loss=values["loss"], top1=values["top1"])
+            self.progress.update(self.bar, completed=step, loss=values["loss"], score=values[self.metric])
         elif step % max(LOG_EVERY, self.plan.steps // 10 // LOG_EVERY * LOG_EVERY) == 0 or step == self.plan.steps:
-            text = f"step {step}/{self.plan.steps}  loss {values['loss']:.3f}  top1 {values['top1']:.1f}"
+            text = f"step {step}/{self.plan.steps}  loss {values['loss']:.3f}  {self.metric} {values[self.metric]:.1f}"
             self.console.print(text, highlight=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -263,7 +267,7 @@ def fit(network: Network, run: RunFolder, settings: Settings, console: Console, 
 
     Raises `KeyboardInterrupt` where the user stops it.
     """
-    plan, steps_per_epoch = network.plan, len(network.images) // settings.batch_size
+    plan = network.plan
     with _quiet():
         trainer = Trainer(
             **accelerator(settings),
@@ -273,7 +277,7 @@ def fit(network: Network, run: RunFolder, settings: Settings, console: Console, 
             max_epochs=-1,
             logger=_tensorboard(run),
             callbacks=[
-                Log(run.log, console, plan, steps_per_epoch),  # first: it stops before a diverged run is kept
+                Log(run.log, console, plan, network.task.metric),  # first: it stops before a diverged run is kept
                 KeepLast(run.checkpoints, settings.checkpoint_every, plan.steps),
             ],
             plugins=[WholeFiles()],
@@ -323,19 +327,33 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@torch.no_grad()
-def top1(model: nn.Module, batches: EvalBatches, device: torch.device) -> float:
-    """Percent of images whose largest output is that of their label; in evaluation mode, which is restored.
+def train_batches(
+    images: Images,
+    settings: Settings,
+    normalization: Normalization,
+    task: Task,
+    part: int = 0,
+    parts: int = 1,
+    device: torch.device | None = None,
+) -> TrainBatches:
+    """The training batches that `settings` ask for."""
+    s = settings
+    return TrainBatches(
+        images, s.batch_size, s.seed, normalization, part, parts, task, s.crop_pad, s.image_size, device
+    )
 
-    Raises `ValueError` where the model's output is not [B, classes] with a place for every label.
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: EvalBatches, device: torch.device) -> float:
+    """The task's metric over all images; in evaluation mode, which is restored.
+
+    Raises `ValueError` where the model's output has another shape than the task needs.
     """
-    training, right = model.training, 0
+    training, total = model.training, 0.0
     model.eval()
-    for x, labels in batches:
-        logits = model(x.to(device))
-        if logits.dim() != 2 or logits.shape[0] != len(labels) or logits.shape[1] <= int(labels.max()):
-            shape, most = list(logits.shape), int(batches.images.labels.max()) + 1
-            raise ValueError(f"the model's output has shape {shape}; [{len(labels)}, {most}] is needed")
-        right += int((logits.argmax(1) == labels.to(device)).sum())
+    for x, target in batches:
+        output, target = model(x.to(device)).float(), target.to(device)
+        batches.task.check(output, target)
+        total += float(batches.task.score(output, target).sum())
     model.train(training)
-    return 100 * right / len(batches.images)
+    return total / len(batches.images)

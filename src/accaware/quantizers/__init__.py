@@ -18,10 +18,10 @@ __all__ = [
 ]
 
 
-def weight_quantizer(spec: Spec, channels: int, parts: int, depthwise: bool) -> WeightQuantizer:
-    """The weight quantizer of `spec.method`; "a2q+" means A2Q on depthwise layers, as the paper does (section 5)."""
+def weight_quantizer(spec: Spec, channels: int, parts: int) -> WeightQuantizer:
+    """The weight quantizer of `spec.method`."""
     if spec.method == "projected":
         return ProjectedQuantizer(spec, channels, parts)
     if spec.method == "baseline":
         return BaselineQuantizer(spec, channels, parts)
-    return A2QQuantizer(spec, channels, parts, centred=spec.method == "a2q+" and not depthwise)
+    return A2QQuantizer(spec, channels, parts, centred=spec.method == "a2q+")

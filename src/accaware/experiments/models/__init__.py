@@ -9,27 +9,46 @@ from collections.abc import Callable
 
 from torch import nn
 
+from accaware.experiments.models.mobilenet import MobileNetV1
+from accaware.experiments.models.resnet import resnet18, resnet18_cifar, resnet34, resnet50
 from accaware.experiments.models.resnet_cifar import resnet20, resnet32, resnet44, resnet56
+from accaware.experiments.models.superresolution import ESPCN, UNet
 
-BUILT_IN: dict[str, Callable[[int], nn.Module]] = {
+#: By name; called with the number of classes, but for those in `ENLARGE`. Each class names in `keep` what stays outside
+#: the request unless the user says otherwise: first and last layer at 8 bits, accumulated at 32.
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet44": resnet44,
     "resnet56": resnet56,
+    "resnet18-cifar": resnet18_cifar,
+    "mobilenetv1": MobileNetV1,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "espcn": ESPCN,
+    "unet": UNet,
 }
+ENLARGE = {"espcn", "unet"}
+#: Those that `width` makes narrower or wider.
+SCALABLE = {"mobilenetv1"}
 
-#: Layers of the built-in models that stay outside the request: 8 bits, accumulated at 32.
-KEEP_FIRST_AND_LAST: dict[str, int | str] = {"conv1": 8, "linear": 8}
 
-
-def build(name: str, classes: int) -> nn.Module:
+def build(name: str, classes: int | None, width: float = 1.0) -> nn.Module:
     """The model called `name`: a built-in one with `classes` outputs, or whatever `package.module:factory` returns.
 
-    A factory is called without arguments; its module may lie in the current folder. Raises `ValueError` where the
-    name is unknown or the factory cannot be found, fails, or returns no `nn.Module`.
+    classes: None where the data have none. width: the width multiplier of MobileNetV1. A factory is called without
+    arguments; its module may lie in the current folder. Raises `ValueError` where the name is unknown, the model does
+    not do what the data need, or the factory cannot be found, fails, or returns no `nn.Module`.
     """
+    if width != 1 and name not in SCALABLE:
+        raise ValueError(f"width {width} is for {', '.join(SCALABLE)}, not for {name}")
     if name in BUILT_IN:
-        return BUILT_IN[name](classes)
+        enlarges = name in ENLARGE
+        if enlarges != (classes is None):
+            raise ValueError(f"model {name!r} is for {'super-resolution' if enlarges else 'classification'} data")
+        options = {"width": width} if name in SCALABLE else {}
+        return BUILT_IN[name](**options) if classes is None else BUILT_IN[name](classes, **options)
     if ":" not in name:
         raise ValueError(f"unknown model {name!r}; built in are {', '.join(BUILT_IN)}, or give package.module:factory")
     return _from_factory(name)

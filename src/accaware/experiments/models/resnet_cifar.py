@@ -9,6 +9,8 @@ puts the one quantizer that all its readers share. Before `prepare_` it is the i
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +53,8 @@ class BasicBlock(nn.Module):
 
 class ResNet(nn.Module):
     """A CIFAR ResNet with `blocks` basic blocks in each of its three stages."""
+
+    keep: ClassVar = {"conv1": 8, "linear": 8}
 
     def __init__(self, blocks: int, classes: int = 10) -> None:
         super().__init__()

@@ -1,0 +1,218 @@
+"""Cross-layer equalization and bias correction."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import accaware as aa
+from accaware.formats import Spec
+
+
+class Chain(nn.Module):
+    """Convolutions with batch-norm, depthwise, grouped, transposed and plain ones, then linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, bias=False)
+        self.bn_a = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 4, 1, groups=2)
+        self.up = nn.ConvTranspose2d(4, 6, 2, 2, groups=2)
+        self.b = nn.Conv2d(6, 5, 1)
+        self.p, self.q = nn.Linear(5, 7), nn.Linear(7, 2)
+        self.drop, self.stream = nn.Dropout(0.5), aa.QuantIdentity()
+
+    def forward(self, x):
+        x = self.stream(F.relu(self.bn_a(self.a(x))))
+        x = F.max_pool2d(F.relu(self.depthwise(x)), 2)
+        x = F.interpolate(self.grouped(x).relu(), scale_factor=2, mode="nearest")
+        x = self.drop(F.relu(self.up(x), inplace=True))
+        x = F.adaptive_avg_pool2d(torch.sigmoid(self.b(x)), 1).flatten(1)
+        return self.q(F.leaky_relu(self.p(x)))
+
+
+X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+def chain():
+    torch.manual_seed(0)
+    model = Chain().eval()
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                tensor.uniform_(-2, 2)
+            norm.running_var.uniform_(0.1, 3)
+        for p in model.parameters():
+            if p.dim() > 1:
+                p *= torch.exp(2 * torch.randn(p.shape[0], *(1,) * (p.dim() - 1)))
+    return model
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_equalizing_keeps_the_function_and_balances_the_ranges(memory_format):
+    model = chain().to(memory_format=memory_format)
+    wanted = model(X)
+    before = copy.deepcopy(model.state_dict())
+    assert aa.equalize(model) == 5  # a-depthwise, depthwise-grouped, grouped-up, up-b, p-q
+    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+    gain = model.bn_a.weight / (model.bn_a.running_var + model.bn_a.eps).sqrt()
+    r1 = model.a.weight.abs().amax((1, 2, 3)) * gain.abs()
+    torch.testing.assert_close(r1, model.depthwise.weight.abs().amax((1, 2, 3)), rtol=5e-3, atol=0)
+    of_inputs = model.grouped.weight.view(2, 2, 4).abs().amax(1).flatten()
+    torch.testing.assert_close(model.depthwise.weight.abs().amax((1, 2, 3)), of_inputs, rtol=5e-3, atol=0)
+    of_outputs = model.up.weight.view(2, 2, 3, 4).abs().amax((1, 3)).flatten()
+    torch.testing.assert_close(of_outputs, model.b.weight.abs().amax((0, 2, 3)), rtol=5e-3, atol=0)
+    torch.testing.assert_close(model.p.weight.abs().amax(1), model.q.weight.abs().amax(0), rtol=5e-3, atol=0)
+    assert torch.equal(model.a.weight, before["a.weight"])
+    assert not torch.equal(model.bn_a.bias, before["bn_a.bias"])
+
+
+def test_in_training_mode_the_function_stays_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    wanted = model(X)
+    aa.equalize(model)
+    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_channel_of_zeros_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[2].weight[:, 2] = 0
+    wanted = model(X)
+    aa.equalize(model)
+    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Branch(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        if self.kind == "fan-out":
+            y = F.relu(self.a(x))
+            return self.b(y) + self.c(y)
+        if self.kind == "residual":
+            y = F.relu(self.a(x))
+            return self.b(y) + y
+        if self.kind == "sigmoid":
+            return self.b(torch.sigmoid(self.a(x)))
+        if self.kind == "relu6":
+            return self.b(F.relu6(self.a(x)))
+        if self.kind == "twice":
+            return self.b(F.relu(self.a(F.relu(self.a(x)))))
+        assert self.kind == "output"
+        return self.a(x)
+
+
+@pytest.mark.parametrize("kind", ["fan-out", "residual", "sigmoid", "relu6", "twice", "output"])
+def test_what_would_change_the_function_is_no_pair(kind):
+    torch.manual_seed(0)
+    model = Branch(kind)
+    wanted = model(X)
+    assert aa.equalize(model) == 0
+    assert torch.equal(model(X), wanted)
+
+
+def test_a_residual_network_keeps_its_function():
+    from accaware.experiments.models import build
+
+    torch.manual_seed(0)
+    model = build("resnet20", 10).eval()
+    x = torch.randn(2, 3, 32, 32)
+    wanted = model(x)
+    assert aa.equalize(model) == 9  # within each block
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_equalizing_comes_first():
+    model = chain()
+    aa.prepare_(model, Spec(acc_bits=16), sample=X)
+    assert aa.equalize(model) == 5
+    aa.calibrate(model, [X])
+    with pytest.raises(ValueError, match="calibrated already; equalize comes first"):
+        aa.equalize(model)
+
+
+class Curious(nn.Sequential):
+    def forward(self, x):
+        return self[0](x) if x.sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_traced_is_named():
+    with pytest.raises(ValueError, match=r"Curious cannot be traced by torch\.fx"):
+        aa.equalize(Curious(nn.Linear(2, 2)))
+
+
+# Bias correction -------------------------------------------------------------------------------------------------
+
+
+def corrected(reference, spec=None, **options):
+    model = copy.deepcopy(reference)
+    aa.prepare_(model, spec or Spec(3, 3, 16), sample=X)
+    aa.calibrate(model, [X], **options)
+    aa.bias_correct(model, reference, X.split(2))
+    return model
+
+
+def test_the_mean_output_is_that_of_the_float_layer():
+    torch.manual_seed(0)
+    float_model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 5))
+    model = corrected(float_model)
+    with torch.no_grad():
+        wanted = float_model[0](X)
+        torch.testing.assert_close(model[0](X).mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=0, atol=1e-5)
+        got = model[2](wanted.flatten(1)).mean(0)
+        torch.testing.assert_close(got, float_model[2](wanted.flatten(1)).mean(0), rtol=0, atol=1e-5)
+        assert not torch.equal(model[0].bias, float_model[0].bias)
+
+
+def test_the_error_goes_into_the_batchnorm_that_follows():
+    torch.manual_seed(0)
+    float_model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        float_model[1].running_mean.uniform_(-1, 1)
+        float_model[1].weight.uniform_(-1, 1)
+    model = corrected(float_model, Spec(2, 2, 10, method="a2q"), init="ep")
+    assert model[0].bias is None
+    float_model.eval(), model.eval()
+    with torch.no_grad():
+        wanted, got = float_model[1](float_model[0](X)), model[1](model[0](X))
+    torch.testing.assert_close(got.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=0, atol=1e-5)
+
+
+def test_a_layer_with_nowhere_to_put_it_is_named():
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="^0 has neither a bias nor a batch-norm"):
+        corrected(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+
+
+def test_bias_correction_says_what_it_needs():
+    torch.manual_seed(0)
+    float_model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model = aa.prepare_(copy.deepcopy(float_model), Spec())
+    with pytest.raises(ValueError, match="needs a prepared and calibrated model"):
+        aa.bias_correct(model, float_model, [X])
+    aa.calibrate(model, [X])
+    with pytest.raises(ValueError, match="needs at least one batch"):
+        aa.bias_correct(model, float_model, [])
+    with pytest.raises(ValueError, match=r"^0: the reference has no such float layer"):
+        aa.bias_correct(model, copy.deepcopy(model), [X])
+    assert not float_model[0]._forward_hooks
+
+
+def test_the_papers_order_on_one_model():
+    """Equalize, EP-init, bias correction: the certificate holds, and the float function is what it was."""
+    float_model = chain()
+    wanted = float_model(X)
+    aa.equalize(float_model)
+    torch.testing.assert_close(float_model(X), wanted, rtol=1e-4, atol=1e-5)
+    model = corrected(float_model, Spec(4, 4, 12, method="a2q+"), init="ep")
+    assert aa.certify(model).holds
