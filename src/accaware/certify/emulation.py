@@ -138,7 +138,8 @@ class Emulator:
                 overflows = int(found[net.overflows[name]].sum(dtype=np.float64)) if name in net.overflows else 0
                 yield Count(name, product.kind, bits, int(found[net.sums[name]]), overflows)
             elif name in net.outside:
-                yield replace(self._seen[name], bits=bits)
+                nothing = Count(name, product.kind, bits, 0, 0)  # of a node that no output needs, or of no rows
+                yield replace(self._seen.get(name, nothing), bits=bits)
 
     def _outside(self, name: str, operation: Outside) -> Callable[..., NDArray[Any]]:
         """What computes the sums of an operation with the integer layer."""

@@ -79,6 +79,8 @@ def _product(
     assert values is not None
     if not values.size or not values.shape:
         raise UnreadableError(f"its weights of shape {list(values.shape)} are empty or a single number")
+    if values.dtype == np.bool_:
+        raise UnreadableError("its weights are booleans")
     rank, fitted = len(values.shape), layout(values.shape)
     scale = None if weights.scale is None else _rows(fitted, fitted.per_output(weights.scale, weights.axis, rank))
     if isinstance(weights.zero, IntFormat):
