@@ -147,13 +147,16 @@ class Emulator:
         if self._exact:
             layer = _unlimited(layer)
         parts: dict[bytes, IntegerLayer] = {}
+        higher = layer.zero_points[0] - product.zero_range.lo  # than the file's are the codes that the kernel gets
 
         def compute(codes: NDArray[Any], zero: NDArray[Any] | None = None) -> NDArray[Any]:
-            point = product.zero_range.lo if zero is None else int(zero.reshape(()))
+            point = higher + (product.zero_range.lo if zero is None else int(zero.reshape(())))
 
             def one(rows: Integers, inputs: Integers) -> NDArray[Any]:
-                part = parts.setdefault(rows.tobytes(), layer.part(rows))
-                done = emulate(part, inputs, point)
+                key = rows.tobytes()
+                if key not in parts:
+                    parts[key] = layer.part(rows)
+                done = emulate(parts[key], inputs, point)
                 seen = Count(name, product.kind, None, done.sums.size, int(done.overflows.sum()))
                 self._seen[name] = self._seen[name].plus(seen) if name in self._seen else seen
                 return done.sums.astype(np.float64)
