@@ -317,6 +317,18 @@ def test_floats_run_as_they_are(tmp_path) -> None:
     np.testing.assert_allclose(done.outputs["y"], original(path, feeds)["y"], rtol=1e-6)
 
 
+def test_products_in_subgraphs_run_as_they_are_and_are_named(tmp_path) -> None:
+    made, feeds = signed_qdq(relu=False)
+    inner = onnx.helper.make_graph([made.graph.node[3]], "body", [], [onnx.ValueInfoProto(name="m")])
+    made.graph.node[3].CopyFrom(node("If", "yes", "m", then_branch=inner, else_branch=inner))
+    made.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    path = save(made, tmp_path)
+    done = emulate_file(path, plain(8), feeds)
+    assert done.left == dict.fromkeys(["op", "op#2"], "it is in a subgraph")
+    assert done.counts == ()
+    assert np.array_equal(done.outputs["y"], original(path, feeds)["y"])
+
+
 def test_operators_without_a_kernel_run_in_the_reference_evaluator(tmp_path) -> None:
     x, w = RNG.normal(size=(1, 2, 5)), RNG.normal(size=(3, 2, 2))
     double = TensorProto.DOUBLE

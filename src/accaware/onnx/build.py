@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
 
 from accaware.onnx.tensors import Array
 
@@ -20,9 +20,10 @@ class Writer:
         self._names = set(_names(model.graph))
         self._producers = {tensor: node for node in self._nodes for tensor in node.output}
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._types: dict[str, int] = {name: tensor.data_type for name, tensor in self._constants.items()} | _types(
-            model
-        )
+        known = _known(model)
+        self._types: dict[str, int] = {name: tensor.data_type for name, tensor in self._constants.items()}
+        self._types |= {name: kind.elem_type for name, kind in known.items()}
+        self._ranks = {name: len(kind.shape.dim) for name, kind in known.items() if kind.HasField("shape")}
         del model.graph.node[:]
 
     @property
@@ -42,6 +43,10 @@ class Writer:
     def type(self, tensor: str) -> int:
         """The type of the elements of an original tensor, by ONNX's number; 0 where it is not known."""
         return self._types.get(tensor, 0)
+
+    def rank(self, tensor: str) -> int | None:
+        """The number of dimensions of an original tensor that is no initializer; None where it is not known."""
+        return self._ranks.get(tensor)
 
     def size(self, tensor: str) -> int | None:
         """The number of elements of an initializer; None for other tensors."""
@@ -135,10 +140,10 @@ def _names(graph: GraphProto) -> Iterator[str]:
             yield from _names(body)
 
 
-def _types(model: ModelProto) -> dict[str, int]:
-    """The types of elements of the tensors for which onnx can tell."""
+def _known(model: ModelProto) -> dict[str, TypeProto.Tensor]:
+    """The types of the tensors for which the file says them, or onnx can tell."""
     try:
         graph = shape_inference.infer_shapes(model).graph
     except Exception:  # not knowing is fine, and whatever the C++ code throws means that
         graph = model.graph
-    return {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    return {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
