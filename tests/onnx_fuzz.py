@@ -35,6 +35,7 @@ from accaware.certify.report import html
 from accaware.certify.second import disagreements
 from accaware.certify.targets import TARGETS
 from accaware.formats import Accumulator
+from accaware.onnx.moments import mean_squares
 from onnx_helpers import model, node
 
 W = np.arange(-12, 12, dtype=np.int8).reshape(6, 4)
@@ -286,7 +287,8 @@ def attempt(rng: random.Random, folder: Path) -> set[str]:
         emulated(path, target, certificate, seen)
     if step == 1 or certificate is None:
         try:
-            assert repair_file(path, out, target, rescale=rng.random() < 0.5).certificate.holds
+            power = squares(path, folder / "in.npz") if rng.random() < 0.2 else None
+            assert repair_file(path, out, target, power=power, rescale=rng.random() < 0.5).certificate.holds
             assert certify_file(out, target).holds
             out.unlink()
             seen.add("repaired")
@@ -329,6 +331,15 @@ def emulated(path: Path, target, certificate: Certificate | None, seen: set[str]
     assert certificate is not None
     proven = {op.name for op in certificate.operations if op.verdict == "proven"}
     assert [count for count in done.counts if count.name in proven and count.overflows] == []
+
+
+def squares(path: Path, data: Path):
+    """What importance the weights have, on two rows of data."""
+    np.savez(data, x=np.linspace(-9, 9, 12, dtype=np.float32).reshape(2, 6))
+    try:
+        return mean_squares(path, data)
+    finally:
+        data.unlink()
 
 
 def case(seed: int, number: int) -> random.Random:

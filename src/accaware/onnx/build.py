@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
 
-from accaware.onnx.tensors import Array
+from accaware.onnx.tensors import ELEMENTS, Array
 
 
 class Writer:
@@ -54,15 +54,18 @@ class Writer:
         return None if found is None else int(np.prod(found.dims, dtype=object))
 
     def value(self, tensor: str) -> Array | None:
-        """The values of an initializer or of a Constant node; None for other tensors."""
+        """The values of an initializer or of a Constant node; None for other tensors, and for no numbers."""
         if tensor in self._constants:
-            return numpy_helper.to_array(self._constants[tensor])
+            held = self._constants[tensor]
+            return numpy_helper.to_array(held) if held.data_type in ELEMENTS else None
         node = self._producers.get(tensor)
         if node is None or node.op_type != "Constant":
             return None
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        held = given.get("value")
-        return numpy_helper.to_array(held) if isinstance(held, TensorProto) else np.asarray(next(iter(given.values())))
+        value = next(iter(given.values()), None)
+        if isinstance(value, TensorProto):
+            return numpy_helper.to_array(value) if value.data_type in ELEMENTS else None
+        return None if value is None else np.asarray(value)
 
     def keep(self, node: NodeProto) -> None:
         """Leave an original node as it is."""
