@@ -66,7 +66,8 @@ def _block(layer: IntegerLayer, inputs: Integers, zero: int) -> tuple[Integers, 
     for start, taps, can in zip(starts.T, layer.tiles, leaving.T, strict=True):
         some = np.flatnonzero(can)
         part, held, first = x[taps], weights[some, taps], start[some, None]
-        change = overflow = 0
+        change: Any = 0
+        overflow: Any = 0
         if some.size:
             sums, overflow = run(first, part, held, register.bits)
             change = sums - first - held @ part
