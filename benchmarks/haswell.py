@@ -46,7 +46,7 @@ FORMS = {"qoperator": quantization.QuantFormat.QOperator, "qdq": quantization.Qu
 QUANTIZED = {f"{name}{end}": (form, bool(end)) for name, form in FORMS.items() for end in ("", "-reduced")}
 REPAIRED = {f"{name}-{end}": (name, end == "repaired") for name in FORMS for end in ("repaired", "kept")}
 NAMES = sorted({**QUANTIZED, **REPAIRED}, reverse=True)
-TITLES = ("haswell", "exact", "emulated")  # where a network runs
+TITLES = ("haswell", "here", "exact", "emulated")  # where a network runs
 CALIBRATION, BATCH = 200, 100  # images
 CPU = "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid"  # without what the emulator warns that it lacks
 RUN = Path(__file__).parents[1] / "tests" / "certify" / "run_model.py"
@@ -115,9 +115,11 @@ def kept(path: Path, images: Array, compute: Callable[[Array], Array], title: st
 
 
 def row(name: str, folder: Path, images: Array, labels: Array) -> dict[str, Any]:
-    """One network: on the emulated Haswell, with exact sums, and as `Emulator` says that it is on the Haswell."""
+    """One network: on the emulated Haswell, here, with exact sums, and as `Emulator` says that it is on the Haswell."""
     path, repaired = folder / f"{name}.onnx", folder / f"{name}.json"
-    runs = {"haswell": lambda x: on_haswell(path, x, folder), "exact": emulation(path, None)}
+    here = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    runs = {"haswell": lambda x: on_haswell(path, x, folder), "here": lambda x: here.run(None, {"x": x})[0]}
+    runs["exact"] = emulation(path, None)
     certificate = certify_file(path, TARGET)
     if not certificate.holds:
         runs["emulated"] = emulation(path, TARGET)
@@ -175,7 +177,7 @@ def main() -> None:
             "calibration_images": CALIBRATION,
             "seed": 0,
             "emulator": f"{_first_line('qemu-x86_64', '--version')}, -cpu {CPU}",
-            "hardware": hardware(torch.device("cpu")),
+            "hardware": hardware(torch.device("cpu")) | {"vnni": "vnni" in Path("/proc/cpuinfo").read_text()},
             "versions": versions() | {"onnxruntime": onnxruntime.__version__},
             "commit": commit(),
         }

@@ -39,7 +39,7 @@ def mean_squares(path: str | Path, data: str | Path) -> dict[str, NDArray[np.flo
     for a file that onnxruntime cannot run.
     """
     arrays = _arrays(data)
-    nodes = [node for node in load(path).graph.nodes if node.kind in _PRODUCTS]
+    nodes = [node for node in load(path).graph.nodes if node.kind in _PRODUCTS and node.inputs]
     model = message(path)
     tensors = dict.fromkeys(name for node in nodes for name in _inputs(node))
     constants = {tensor.name for tensor in model.graph.initializer}
