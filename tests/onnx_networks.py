@@ -77,6 +77,23 @@ LAYERS = {
 }
 
 
+def signed_qdq(relu: bool):
+    """A product of s8 codes with s8 weights, between quantizers, and a batch; with `relu`, of codes in [0, 127]."""
+    held = {"w": RNG.integers(-128, 128, (12, 6), np.int8), "s": np.float32(0.5), "z": np.int8(0 if relu else -5)}
+    held |= {"ws": np.float32(0.25), "wz": np.int8(0), "ys": np.float32(64)}
+    nodes = [
+        *([node("Relu", "x", "r")] if relu else []),
+        node("QuantizeLinear", "r s z" if relu else "x s z", "q"),
+        node("DequantizeLinear", "q s z", "f"),
+        node("DequantizeLinear", "w ws wz", "g"),
+        node("MatMul", "f g", "m", "op"),
+        node("QuantizeLinear", "m ys wz", "o"),
+        node("DequantizeLinear", "o ys wz", "y"),
+    ]
+    x = RNG.choice([-64, 63.5, 31, -7], (40, 12), p=[0.1, 0.6, 0.2, 0.1]).astype(np.float32)
+    return model(nodes, {"x": list(x.shape)}, {"y": None}, held), {"x": x}
+
+
 class Samples(q.CalibrationDataReader):
     def __init__(self, shape, rng):
         self.samples = iter([{"x": rng.normal(size=shape).astype(np.float32)} for _ in range(4)])

@@ -15,7 +15,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from accaware.certify.certificate import Certificate as Certificate
+    from accaware.certify.emulation import emulate_file as emulate_file
+    from accaware.certify.files import certify_file as certify_file
     from accaware.certify.model import certify as certify
+    from accaware.certify.repair import repair_file as repair_file
+    from accaware.certify.second import disagreements as disagreements
+    from accaware.certify.targets import TARGETS as TARGETS
+    from accaware.certify.targets import Target as Target
     from accaware.exporter.write import export as export
     from accaware.formats import Accumulator as Accumulator
     from accaware.formats import IntFormat as IntFormat
@@ -39,9 +45,14 @@ _HOMES = {
     "IntegerLayer": "integer.layer",
     "QuantIdentity": "layers",
     "Spec": "formats",
+    "TARGETS": "certify.targets",
+    "Target": "certify.targets",
     "bias_correct": "initialise",
     "calibrate": "prepare",
     "certify": "certify.model",
+    "certify_file": "certify.files",
+    "disagreements": "certify.second",
+    "emulate_file": "certify.emulation",
     "equalize": "initialise",
     "export": "exporter.write",
     "integer_layers": "integer.convert",
@@ -49,6 +60,7 @@ _HOMES = {
     "penalty": "prepare",
     "prepare_": "prepare",
     "reestimate_batchnorm": "prepare",
+    "repair_file": "certify.repair",
     "wrapping": "integer.convert",
 }
 

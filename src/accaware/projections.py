@@ -19,6 +19,7 @@ __all__ = ["holds", "project_any", "project_capped", "project_integers", "projec
 
 _BLOCK = 1 << 18  # elements of a matrix that are projected at once on a CPU: their temporaries stay in its cache
 _GAINS = 1 << 23  # gains that the enumeration of coupled budgets sorts at once
+_MOST_GAINS = 1 << 27  # that it sorts for one row: a GiB
 _GUESSES = 8  # interpolated steps before plain bisection takes over
 
 
@@ -79,7 +80,7 @@ def project_integers(
     """The integers q closest to u that an accumulator can hold: argmin sum_i h_i (q_i - u_i)^2 under `budget`.
 
     u: [..., K] float32 or float64, one row of weights divided by their scale; the budget, or every one of several
-    (which are no `l1` ones), holds for each row.
+    (which are no `l1` ones), holds for each row. Raises `ValueError` where a row of signed inputs is too large.
     qmax: the largest |q_i|, a number or a tensor that broadcasts to u. importance: h_i > 0, broadcasts to u; default 1.
     Returns integers in the dtype of u (float64 where float32 could not hold a row's sum).
 
@@ -237,7 +238,12 @@ def _project_coupled(u: Tensor, budget: Sequence[Budget], qmax: int | Tensor, h:
     rows = u[broken]
     rows_top = top.expand_as(u)[broken] if top.ndim else top
     rows_h = None if h is None else h.expand_as(u)[broken]
-    step = max(1, _GAINS // (u.shape[-1] * int(top.max())))
+    each = u.shape[-1] * int(top.max())
+    if each > _MOST_GAINS:
+        raise ValueError(
+            f"{u.shape[-1]} weights of up to {int(top.max())} are too many to split a budget between signs"
+        )
+    step = max(1, _GAINS // each)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         part_h = None if rows_h is None else rows_h[part]

@@ -17,7 +17,7 @@ from accaware.certify.targets import TARGETS, Target
 from accaware.formats import Accumulator
 from accaware.onnx.read import read
 from onnx_helpers import exact_sums, model, node, run, save
-from onnx_networks import NETWORKS, quantized
+from onnx_networks import NETWORKS, quantized, signed_qdq
 
 RNG = np.random.default_rng(0)
 T = q.QuantType
@@ -238,6 +238,24 @@ def test_saturation_and_tiles(kind, target, tmp_path) -> None:
     assert np.array_equal(done.outputs["y"], expected)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_signed_codes_saturate_as_unsigned_ones_128_higher(relu, tmp_path) -> None:
+    from accaware.integer.reference import run as reference
+
+    made, feeds = signed_qdq(relu)
+    made.graph.output.extend([onnx.ValueInfoProto(name="m")])
+    path = save(made, tmp_path)
+    (layer,) = file_layers(path, TARGETS["onnxruntime-avx2"])
+    assert layer.stored.lo == (128 if relu else 0)
+    zero = layer.zero_points[0]
+    codes = np.clip(np.rint((np.maximum(feeds["x"], 0) if relu else feeds["x"]) / 0.5) + zero, 0, 255).astype(int)
+    expected = [[reference(layer, r, row.tolist(), zero) for r in range(6)] for row in codes]
+    assert np.any(expected != (codes - zero) @ layer.rows.T)
+    done = emulate_file(path, TARGETS["onnxruntime-avx2"], feeds)
+    assert done.overflows > 0
+    assert np.array_equal(done.outputs["m"], np.array(expected) * np.float32(0.125))
+
+
 # What is proven, and what is refuted.
 
 
@@ -297,6 +315,18 @@ def test_floats_run_as_they_are(tmp_path) -> None:
     assert set(done.left) == {"one", "two"}
     assert done.counts == ()
     np.testing.assert_allclose(done.outputs["y"], original(path, feeds)["y"], rtol=1e-6)
+
+
+def test_products_in_subgraphs_run_as_they_are_and_are_named(tmp_path) -> None:
+    made, feeds = signed_qdq(relu=False)
+    inner = onnx.helper.make_graph([made.graph.node[3]], "body", [], [onnx.ValueInfoProto(name="m")])
+    made.graph.node[3].CopyFrom(node("If", "yes", "m", then_branch=inner, else_branch=inner))
+    made.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    path = save(made, tmp_path)
+    done = emulate_file(path, plain(8), feeds)
+    assert done.left == dict.fromkeys(["op", "op#2"], "it is in a subgraph")
+    assert done.counts == ()
+    assert np.array_equal(done.outputs["y"], original(path, feeds)["y"])
 
 
 def test_operators_without_a_kernel_run_in_the_reference_evaluator(tmp_path) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnxruntime import quantization as q
 
+from accaware.certify.emulation import emulate_file
 from accaware.certify.files import certify_file, file_layers
 from accaware.certify.proof import witnesses
 from accaware.certify.repair import repair_file
 from accaware.certify.targets import TARGETS
 from onnx_helpers import model, node, save
+from onnx_networks import quantized, signed_qdq
 
 WHERE = TARGETS["onnxruntime-avx2"]
 QEMU = shutil.which("qemu-x86_64")
@@ -113,3 +116,26 @@ def test_convolutions_pair_channels(haswell, tmp_path):
     sums = np.einsum("oc,bcl->bol", repaired.rows.astype(int), batch.astype(int)) * repaired.scale[:, None]
     real = on_haswell(fixed, tmp_path, x=batch)["y"].astype(int)
     assert np.abs(real - np.clip(sums / 600 + 128, 0, 255)).max() <= 0.51
+
+
+@pytest.mark.parametrize("file", ["qoperator", "qdq", "signed"])
+def test_the_emulator_says_what_the_kernels_do(haswell, file, tmp_path):
+    """Networks of several layers to the bit, where floats do not round in another order."""
+    if file == "signed":
+        made, feeds = signed_qdq(relu=True)
+        path = save(made, tmp_path)
+    else:
+        form = q.QuantFormat.QOperator if file == "qoperator" else q.QuantFormat.QDQ
+        types = {"activation_type": q.QuantType.QUInt8, "weight_type": q.QuantType.QInt8}
+        _, path, feeds = quantized("residual", tmp_path, quant_format=form, per_channel=True, **types)
+        feeds["x"] *= 4
+    done = emulate_file(path, WHERE, feeds)
+    exact = emulate_file(path, None, feeds).outputs["y"]
+    real = on_haswell(path, tmp_path, **feeds)["y"]
+    assert done.overflows > 0
+    assert not np.array_equal(real, exact)
+    if file == "qdq":  # onnxruntime adds codes where the file adds floats
+        step = np.diff(np.unique(real)).min()
+        assert np.abs(real - done.outputs["y"]).max() < 1.01 * step
+    else:
+        assert np.array_equal(real, done.outputs["y"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,53 @@ def test_numbers_of_any_size(size: int, bits: int, tile: int | None, overflow: A
     )
     expected = [[reference.run(made, row, x) for row in range(3)] for x in inputs.tolist()]
     assert emulate(made, inputs).sums.tolist() == expected
+
+
+REGISTERS = [
+    Accumulator(9, "saturate"),
+    Accumulator(13, "saturate"),
+    Accumulator(15, "saturate"),
+    Accumulator(13, "saturate", tile=2, outer_bits=14),
+    Accumulator(14, "saturate", tile=20, outer_bits=15),
+    Accumulator(13, "wrap", tile=7, outer_bits=15),
+    Accumulator(14, "wrap"),
+]
+
+
+def clips(made: IntegerLayer, row: int, inputs: Any, zero: int) -> int:
+    """How often a running sum is clipped, by the definition."""
+    lo, hi, total, count = made.accumulator.lo, made.accumulator.hi, int(made.starts[row, 0]), 0
+    for q, x in zip([0, *made.weights()[row].tolist()], [zero, *inputs], strict=True):
+        exact = total + q * (x if made.raw else x - zero)
+        total = max(lo, min(exact, hi))
+        count += exact != total
+    return count
+
+
+@pytest.mark.parametrize("unit", [1, 2**40])
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("register", REGISTERS, ids=str)
+def test_many_taps(register: Accumulator, raw: bool, unit: int) -> None:
+    """Several blocks of taps, rows that can leave the register beside rows that cannot, and Python integers."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-60, 60, (5, 45)) // np.array([[1], [2], [8], [32], [1]]) * unit
+    rows[4] = 0
+    more = unit.bit_length() - 1
+    register = replace(register, bits=register.bits + more, outer_bits=register.outer_bits + bool(register.tile) * more)
+    starts = rng.integers(-99, 99, (5, len(range(0, 45, register.tile or 45)))) * unit
+    made = layer(rows, BYTE, register, 0 * starts if raw else starts)
+    made = replace(made, zero_points=(90,), raw=raw, weight_zero=np.arange(5)[::-1] * unit)
+    made = replace(made, outer_start=starts[:, 0]) if register.tile else made
+    inputs = rng.choice([0, 90, 91, 200, 255], (40, 45), p=[0.1, 0.4, 0.2, 0.2, 0.1])
+    found = emulate(made, inputs)
+    assert found.sums.dtype == (np.int64 if unit == 1 else object)
+    assert found.sums.tolist() == [[reference.run(made, row, x, 90) for row in range(5)] for x in inputs.tolist()]
+    exact = (inputs - 90).astype(object) @ rows.T
+    assert found.overflows.any()
+    assert not found.overflows.all()
+    assert ((found.overflows > 0) | (found.sums == exact)).all()
+    if register.overflow == "saturate" and register.tile is None:
+        assert found.overflows.tolist() == [[clips(made, row, x, 90) for row in range(5)] for x in inputs.tolist()]
 
 
 def test_the_largest_sums_that_float64_multiplies_are_exact() -> None:

@@ -1,9 +1,8 @@
-"""Loading: what is refused, external data, tensors that stay in the file, and files that were damaged at random."""
+"""Loading: what is refused, external data, and tensors that stay in the file."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 import time
 import tracemalloc
 
@@ -15,20 +14,8 @@ from onnx import TensorProto, helper
 from accaware.onnx import wire
 from accaware.onnx.graph import load
 from accaware.onnx.read import read
-from onnx_helpers import model, node, only, read_model, save, tensor
-
-W = np.arange(-12, 12, dtype=np.int8).reshape(6, 4)
-
-
-def small(weights=W, nodes=None, **constants):
-    nodes = nodes or [
-        node("QuantizeLinear", "x s z", "q"),
-        node("DequantizeLinear", "q s z", "d"),
-        node("DequantizeLinear", "w s", "f"),
-        node("MatMul", "d f", "y"),
-    ]
-    grid = {"s": np.float32(0.5), "z": np.uint8(3), "w": weights, **constants}
-    return model(nodes, {"x": [2, len(weights) if isinstance(weights, np.ndarray) else 6]}, {"y": None}, grid)
+from onnx_fuzz import W, small
+from onnx_helpers import node, only, read_model, save, tensor
 
 
 def refused(made, folder, match):
@@ -264,121 +251,3 @@ def test_no_file_can_forge_a_view(tmp_path) -> None:
     token = bytes(16) + (0).to_bytes(8, "little") + (24).to_bytes(8, "little")
     weights = np.frombuffer(token, np.int8).reshape(8, 4)
     assert (only(read_model(small(weights), tmp_path)).rows.raw() == weights.T).all()
-
-
-# Damage at random.
-
-
-def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
-    if rng.random() < 0.2:
-        return data[: rng.randrange(len(data))]
-    broken = bytearray(data)
-    for _ in range(rng.choice([1, 2, 8])):
-        place = rng.randrange(len(broken))
-        if rng.random() < 0.6:
-            broken[place] = rng.randrange(256)
-        else:
-            broken[place : place + rng.randrange(8)] = rng.randbytes(rng.randrange(8))
-    return bytes(broken)
-
-
-def damaged_graph(data: bytes, rng: random.Random) -> bytes:
-    made = onnx.ModelProto.FromString(data)
-    graph = made.graph
-    op, constant = rng.choice(graph.node), rng.choice(graph.initializer)
-    names = [t.name for t in graph.initializer] + [o for n in graph.node for o in n.output] + ["", "absent"]
-    for change in rng.sample(range(8), 2):
-        if change == 0 and op.input:
-            op.input[rng.randrange(len(op.input))] = rng.choice(names)
-        elif change == 1:
-            op.op_type = rng.choice(graph.node).op_type
-        elif change == 2:
-            del op.input[rng.randrange(len(op.input) + 1) :]
-        elif change == 3 and constant.dims:
-            constant.dims[rng.randrange(len(constant.dims))] = rng.choice([0, -1, 1, 2, 10**12, 2**62])
-        elif change == 4:
-            constant.data_type = rng.randrange(29)
-        elif change == 5:
-            for attribute in op.attribute:
-                attribute.i = rng.choice([-1, 0, 5, 2**62, -(2**63)])
-                attribute.f = rng.choice([0.0, -1.0, float("nan"), float("inf")])
-                attribute.ints[:] = [rng.choice([-1, 0, 5, 2**40]) for _ in attribute.ints]
-        elif change == 6:
-            constant.raw_data = rng.randbytes(len(constant.raw_data))
-        else:
-            graph.node.remove(op)
-            break
-    return made.SerializeToString()
-
-
-def sources() -> list[bytes]:
-    """Files of every dialect."""
-    rng = np.random.default_rng(0)
-    qonnx, qdq = "qonnx.custom_op.general", [*small().graph.node]
-    conv = [
-        node("Quant", "x s zero bits", "d", domain=qonnx),
-        node("Quant", "w4 wc zero bits", "f", domain=qonnx),
-        node("Conv", "d f", "c", pads=[1, 1, 1, 1], group=2),
-        node("BatchNormalization", "c v v v v", "n"),
-        node("Relu", "n", "r"),
-        node("Trunc", "r s zero bits two", "t", domain=qonnx),
-        node("Transpose", "t", "u", perm=[0, 2, 3, 1]),
-        node("BipolarQuant", "w s", "b", domain=qonnx),
-        node("MatMul", "u b", "y"),
-    ]
-    qoperator = [
-        node("QuantizeLinear", "x s z", "q"),
-        node("QLinearConv", "q s z w8 wc1 z8 s z bias", "c", strides=[2, 2]),
-        node("ConvTranspose", "c8 f8", "e", strides=[2, 2], dilations=[1, 2]),
-        node("QLinearMatMul", "c s z w s z0 s z", "y"),
-    ]
-    qoperator[2:2] = [node("DequantizeLinear", "c s z", "c8"), node("DequantizeLinear", "w8 wc1", "f8", axis=0)]
-    clipped = [*qdq[:2], node("Clip", "w lo hi", "wq"), node("DequantizeLinear", "wq s", "f"), *qdq[3:]]
-    constants = {
-        "zero": np.float32(0),
-        "bits": np.float32(4),
-        "two": np.float32(2),
-        "wc": np.ones((4, 1, 1, 1), np.float32),
-        "wc1": np.array([1, 2, 3, 4], np.float32),
-        "v": np.ones(4, np.float32),
-        "w4": rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
-        "w8": rng.integers(-8, 8, (4, 3, 3, 3), np.int8),
-        "z8": np.zeros(4, np.int8),
-        "z0": np.int8(0),
-        "bias": np.arange(4, dtype=np.int32),
-        "lo": np.int8(-7),
-        "hi": np.int8(7),
-    }
-    made = [
-        small(),
-        small(nodes=clipped, **constants),
-        small(nodes=conv, **constants),
-        small(nodes=qoperator, **constants),
-    ]
-    floats = W.astype(np.float32)
-    made.append(small(floats, conv, **constants))
-    return [m.SerializeToString() for m in made]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_files_damaged_at_random(seed, tmp_path) -> None:
-    rng = random.Random(seed)
-    path = tmp_path / "net.onnx"
-    outcomes = {"read": 0, "refused": 0, "products": 0}
-    good = sources()
-    for data in good:
-        path.write_bytes(data)
-        assert read(path).operations
-    for _ in range(250):
-        damage = damaged_bytes if rng.random() < 0.4 else damaged_graph
-        path.write_bytes(damage(rng.choice(good), rng))
-        try:
-            network = read(path)
-            for product in network.products:
-                assert product.rows.centred("hwc").shape == (product.rows.count, product.rows.fan_in)
-            outcomes["read"] += 1
-            outcomes["products"] += len(network.products)
-        except ValueError as error:
-            outcomes["refused"] += "\n" not in str(error)
-    assert min(outcomes.values()) > 50
-    assert outcomes["read"] + outcomes["refused"] == 250

@@ -54,6 +54,36 @@ def test_trunc(rounding, tmp_path) -> None:
     check(op, held, tmp_path)
 
 
+LAYOUTS = [("", [3, 5]), ("", [2, 4, 5]), ("", [2, 5, 3, 4]), ("NHWC", [2, 3, 4, 5]), ("NCHW", [2, 5, 3, 4])]
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
+def test_multi_threshold(layout, shape, channels, tmp_path) -> None:
+    from qonnx.custom_op.registry import getCustomOp
+
+    generator = np.random.default_rng(1)
+    x = generator.integers(-9, 9, shape).astype(np.float32)
+    steps = np.sort(generator.integers(-9, 9, (channels, 7)), axis=1).astype(np.float32)
+    given = {"out_dtype": "INT8", "out_scale": 0.3, "out_bias": -1.1}
+    op = node("MultiThreshold", "x t", "y", domain=DOMAIN, **given, **({"data_layout": layout} if layout else {}))
+    made = model([op], {"x": shape}, {"y": shape}, {"t": steps}, extra=[(DOMAIN, 1)])
+    expected = {"x": x, "t": steps}
+    getCustomOp(op).execute_node(expected, made.graph)
+    found = Emulator(save(made, tmp_path), None).run({"x": x}).outputs["y"]
+    assert np.array_equal(found, expected["y"])
+
+
+def test_nodes_that_stay_say_so_in_one_line(tmp_path) -> None:
+    """Thresholds for each channel, of a tensor of unknown rank without a layout."""
+    op = node("MultiThreshold", "x t", "y", domain=DOMAIN, out_dtype="INT8")
+    held = {"t": np.zeros((5, 7), np.float32)}
+    made = model([op], {"x": None}, {"y": None}, held, extra=[(DOMAIN, 1)])
+    with pytest.raises(ValueError, match="MultiThreshold") as caught:
+        Emulator(save(made, tmp_path), None).run({"x": np.zeros((2, 5), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
 def test_a_network(tmp_path) -> None:
     """Sums of a layer between Quant nodes wrap around."""
     generator = np.random.default_rng(0)

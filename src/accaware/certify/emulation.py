@@ -139,7 +139,8 @@ class Emulator:
                 overflows = int(found[net.overflows[name]].sum(dtype=np.float64)) if name in net.overflows else 0
                 yield Count(name, product.kind, bits, int(found[net.sums[name]]), overflows)
             elif name in net.outside:
-                yield replace(self._seen[name], bits=bits)
+                nothing = Count(name, product.kind, bits, 0, 0)  # of a node that no output needs, or of no rows
+                yield replace(self._seen.get(name, nothing), bits=bits)
 
     def _outside(self, name: str, operation: Outside) -> Callable[..., NDArray[Any]]:
         """What computes the sums of an operation with the integer layer."""
@@ -147,13 +148,16 @@ class Emulator:
         if self._exact:
             layer = _unlimited(layer)
         parts: dict[bytes, IntegerLayer] = {}
+        higher = layer.zero_points[0] - product.zero_range.lo  # than the file's are the codes that the kernel gets
 
         def compute(codes: NDArray[Any], zero: NDArray[Any] | None = None) -> NDArray[Any]:
-            point = product.zero_range.lo if zero is None else int(zero.reshape(()))
+            point = higher + (product.zero_range.lo if zero is None else int(zero.reshape(())))
 
             def one(rows: Integers, inputs: Integers) -> NDArray[Any]:
-                part = parts.setdefault(rows.tobytes(), layer.part(rows))
-                done = emulate(part, inputs, point)
+                key = rows.tobytes()
+                if key not in parts:
+                    parts[key] = layer.part(rows)
+                done = emulate(parts[key], inputs, point)
                 seen = Count(name, product.kind, None, done.sums.size, int(done.overflows.sum()))
                 self._seen[name] = self._seen[name].plus(seen) if name in self._seen else seen
                 return done.sums.astype(np.float64)

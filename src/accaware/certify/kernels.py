@@ -24,11 +24,11 @@ class Feed:
 def onnxruntime_feed(product: Product) -> Feed | None:
     """What onnxruntime 1.31 feeds to AVX2's saturating pairs (`vpmaddubsw`); None where its kernel is exact.
 
-    Only unsigned times signed bytes go there. Where the file leaves open whether codes are stored signed (a range of
-    QDQ codes within [0, 127]), both count.
+    Only unsigned times signed bytes go there. Where the file leaves open whether codes are stored signed (floats in a
+    range of [0, 127]), both count.
     """
     codes, weights, zeros = product.codes, product.rows.codes, product.zero_range
-    signed_codes, signed_weights = codes.lo < 0, weights.lo < 0
+    signed_codes, signed_weights = (product.stored or codes).lo < 0, weights.lo < 0
     if not (_within_a_byte(codes) and _within_a_byte(weights)):
         return None
     if product.kind == "ConvInteger":  # the weights are its left operand
@@ -41,7 +41,7 @@ def onnxruntime_feed(product: Product) -> Feed | None:
     higher = Feed(_raised(codes), _raised(zeros), order)
     if signed_codes:
         return higher
-    if codes.hi <= 127:  # codes of either type
+    if product.stored is None and codes.hi <= 127:  # codes of either type
         return Feed(IntFormat(min(codes.lo, higher.codes.lo), max(codes.hi, higher.codes.hi)), zeros, order)
     return Feed(codes, zeros, order)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from accaware.certify.emulation import Emulated, Emulator, Progress, run_batches
 __all__ = ["Measured", "load_data", "measure", "outputs_file", "random_feeds", "top1"]
 
 Arrays = dict[str, NDArray[Any]]
+
+_MOST_DRAWN = 2**28  # elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +160,8 @@ def load_data(path: str | Path, emulator: Emulator, limit: int | None = None) ->
 def random_feeds(emulator: Emulator, count: int, seed: int = 0) -> Arrays:
     """Codes, each as likely as the others, where those of an input are known; else from the normal distribution.
 
-    count: rows, where the file does not fix that. Raises `ValueError` where it leaves another dimension open.
+    count: rows, where the file does not fix that. Raises `ValueError` where it leaves another dimension open, or where
+    there would be more than 2^28 numbers.
     """
     generator = np.random.default_rng(seed)
     feeds = {}
@@ -167,6 +171,8 @@ def random_feeds(emulator: Emulator, count: int, seed: int = 0) -> Arrays:
         fixed = [d for d in sizes if d is not None]
         if len(fixed) < len(sizes):
             raise ValueError(f"the shape of input '{name}' is not known; give --data with arrays that fit")
+        if math.prod(fixed) > _MOST_DRAWN:
+            raise ValueError(f"input '{name}' of shape {fixed} is too large to be drawn at random; give --data")
         codes = emulator.codes(name)
         if codes is None:
             feeds[name] = generator.normal(size=fixed).astype(dtype)

@@ -7,7 +7,7 @@ the register. A refutation is an input that overflows. Neither sees anything but
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import le
 from typing import Literal, get_args
@@ -102,6 +102,8 @@ class Operation:
         yield f"verdict {self.verdict!r} is not one of {get_args(Verdict)}", self.verdict in get_args(Verdict)
         yield "a sparsity lies in [0, 1]", 0 <= self.sparsity <= 1
         yield "a target and codes come together", (self.target is None) == (self.codes is None)
+        rows = self.lo or self.hi or self.outer_lo or self.outer_hi
+        yield "rows come with a target", self.target is not None or not rows
         for s in sums:
             yield "every row has one lo <= hi", len(s.lo) == len(s.hi) == len(self.lo) > 0 and all(map(le, s.lo, s.hi))
         if sums:
@@ -142,7 +144,7 @@ class Operation:
 
 def prove(layer: IntegerLayer) -> Operation:
     """The verdict on one integer layer: for every input, in every order of its products, with taps padded or not."""
-    inner, *outer = sums = _sums(layer, IntFormat.with_zero)
+    inner, *outer = sums = _sums(layer)
     verdict: Verdict = "outside"
     reason, found = "", None
     if layer.inside:
@@ -150,7 +152,8 @@ def prove(layer: IntegerLayer) -> Operation:
         found = None if fit else next(witnesses(layer), None)
         verdict = "proven" if fit else "refuted" if found else "unproven"
     if verdict == "unproven":
-        reason = f"whole sums fit, but codes in [{layer.codes.lo}, {layer.codes.hi}] lack 0, and parts of a sum may not"
+        reason = f"whole sums fit, but parts of them may not, or those with padded taps: codes in [{layer.codes.lo}, "
+        reason += f"{layer.codes.hi}] lack 0 or the zero point"
     return Operation(
         name=layer.name,
         kind=layer.kind,
@@ -181,11 +184,12 @@ def outside(name: str, kind: str, bits: int | None, note: str) -> Operation:
     return Operation(name, kind, "outside", bits_needed=bits, note=note)
 
 
-def _sums(layer: IntegerLayer, widen: Callable[[IntFormat], IntFormat]) -> list[Sums]:
+def _sums(layer: IntegerLayer) -> list[Sums]:
     """Per row, what the accumulator (in its worst tile) and, with tiles, the outer register can come to hold."""
     sums = []
     for register, bits in _registers(layer):
-        lows, highs = zip(*(_worst(layer, register, widen(c)) for _, c in _cases(layer, register)), strict=True)
+        cases = [layer.stored] if register == "inner" and layer.raw else layer.centred
+        lows, highs = zip(*(_worst(layer, register, codes.with_zero()) for codes in cases), strict=True)
         sums.append(Sums(tuple(np.minimum.reduce(lows).tolist()), tuple(np.maximum.reduce(highs).tolist()), bits))
     return sums
 
@@ -199,7 +203,7 @@ def _registers(layer: IntegerLayer) -> Iterable[tuple[Register, int]]:
 def _cases(layer: IntegerLayer, register: Register) -> Iterable[tuple[int, IntFormat]]:
     """Zero points and the ranges of the factors that they leave; raw codes are the same with any zero point."""
     if register == "inner" and layer.raw:
-        return [(layer.zero_points[0], layer.stored)]
+        return [(layer.zero_points[0], layer.codes)]
     return zip(layer.zero_points, layer.centred, strict=True)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
 
-from accaware.onnx.tensors import Array
+from accaware.onnx.tensors import ELEMENTS, Array
 
 
 class Writer:
@@ -20,9 +20,10 @@ class Writer:
         self._names = set(_names(model.graph))
         self._producers = {tensor: node for node in self._nodes for tensor in node.output}
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._types: dict[str, int] = {name: tensor.data_type for name, tensor in self._constants.items()} | _types(
-            model
-        )
+        known = _known(model)
+        self._types: dict[str, int] = {name: tensor.data_type for name, tensor in self._constants.items()}
+        self._types |= {name: kind.elem_type for name, kind in known.items()}
+        self._ranks = {name: len(kind.shape.dim) for name, kind in known.items() if kind.HasField("shape")}
         del model.graph.node[:]
 
     @property
@@ -43,21 +44,28 @@ class Writer:
         """The type of the elements of an original tensor, by ONNX's number; 0 where it is not known."""
         return self._types.get(tensor, 0)
 
+    def rank(self, tensor: str) -> int | None:
+        """The number of dimensions of an original tensor that is no initializer; None where it is not known."""
+        return self._ranks.get(tensor)
+
     def size(self, tensor: str) -> int | None:
         """The number of elements of an initializer; None for other tensors."""
         found = self._constants.get(tensor)
         return None if found is None else int(np.prod(found.dims, dtype=object))
 
     def value(self, tensor: str) -> Array | None:
-        """The values of an initializer or of a Constant node; None for other tensors."""
+        """The values of an initializer or of a Constant node; None for other tensors, and for no numbers."""
         if tensor in self._constants:
-            return numpy_helper.to_array(self._constants[tensor])
+            held = self._constants[tensor]
+            return numpy_helper.to_array(held) if held.data_type in ELEMENTS else None
         node = self._producers.get(tensor)
         if node is None or node.op_type != "Constant":
             return None
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        held = given.get("value")
-        return numpy_helper.to_array(held) if isinstance(held, TensorProto) else np.asarray(next(iter(given.values())))
+        value = next(iter(given.values()), None)
+        if isinstance(value, TensorProto):
+            return numpy_helper.to_array(value) if value.data_type in ELEMENTS else None
+        return None if value is None else np.asarray(value)
 
     def keep(self, node: NodeProto) -> None:
         """Leave an original node as it is."""
@@ -135,10 +143,10 @@ def _names(graph: GraphProto) -> Iterator[str]:
             yield from _names(body)
 
 
-def _types(model: ModelProto) -> dict[str, int]:
-    """The types of elements of the tensors for which onnx can tell."""
+def _known(model: ModelProto) -> dict[str, TypeProto.Tensor]:
+    """The types of the tensors for which the file says them, or onnx can tell."""
     try:
         graph = shape_inference.infer_shapes(model).graph
     except Exception:  # not knowing is fine, and whatever the C++ code throws means that
         graph = model.graph
-    return {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    return {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}

@@ -31,7 +31,8 @@ class Codes:
     scale: float64, one number [], or [n] along dimension `axis` (negative: counted from the last); None where it is
     only known at run time. zero: the same, or the range of one zero-point that is only known at run time. type: the
     integers of an integer-typed tensor, whose arithmetic wraps around and whose scale is 1 and zero 0; None for a
-    float tensor. values: the codes of a constant tensor. dialect: who wrote the quantizer.
+    float tensor. stored: of a float tensor, the type that its codes had before; None where they had none. values: the
+    codes of a constant tensor. dialect: who wrote the quantizer.
     """
 
     lo: int
@@ -42,6 +43,7 @@ class Codes:
     type: IntFormat | None = None
     values: Constant | None = None
     dialect: str = ""
+    stored: IntFormat | None = None
 
     @property
     def per_axis(self) -> bool:

@@ -12,7 +12,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, inliner
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    inliner,
+    load_model,
+)
 
 from accaware.onnx.tensors import (
     ELEMENTS,
@@ -144,6 +154,16 @@ def load(path: str | Path) -> Model:
         raise ValueError(f"{path}: {' '.join(str(reason).split())[:500]}") from error
     size = len(buffer) + sum(map(len, reader.files.values()))
     return Model(path, size, digest.hexdigest(), opsets, metadata, graph)
+
+
+def message(path: str | Path) -> ModelProto:
+    """A file that `load` has read, whole and as it is, with its external data. Raises `OSError` or `ValueError`."""
+    try:
+        return load_model(path)
+    except OSError:
+        raise
+    except Exception as error:  # onnx and protobuf have errors of their own
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _mapped(path: Path) -> memoryview:

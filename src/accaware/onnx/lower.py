@@ -16,7 +16,7 @@ Lowering = Callable[[Writer, NodeProto, dict[str, Any]], bool]
 
 
 def lower(writer: Writer, node: NodeProto) -> None:
-    """Write what a node of QONNX does; other nodes, and those whose bit widths are not constant, are kept."""
+    """Write what a node of QONNX does; other nodes, and those of what is not constant or not known, are kept."""
     lowering = _LOWERINGS.get(node.op_type) if node.domain in QONNX else None
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if lowering is None or not lowering(writer, node, attributes):
@@ -64,7 +64,31 @@ def _trunc(writer: Writer, node: NodeProto, attributes: dict[str, Any]) -> bool:
     return True
 
 
-_LOWERINGS: dict[str, Lowering] = {"Quant": _quant, "IntQuant": _quant, "BipolarQuant": _bipolar, "Trunc": _trunc}
+def _multi_threshold(writer: Writer, node: NodeProto, attributes: dict[str, Any]) -> bool:
+    """out_scale * (how many thresholds [C or 1, T] x reaches) + out_bias."""
+    add, constant, (x, steps) = writer.add, writer.constant, node.input
+    thresholds, layout = writer.value(steps), attributes.get("data_layout", b"").decode()
+    if not layout:  # as qonnx guesses it
+        layout = {2: "NC", 3: "NWC", 4: "NCHW"}.get(writer.rank(x) or 0, "")
+    if thresholds is None or thresholds.ndim != 2 or not (layout or len(thresholds) == 1):
+        return False
+    channels, count = thresholds.shape
+    last = channels == 1 or layout.endswith("C")
+    columns = add("Reshape", x, constant([-1, channels, 1, 1] if last else [0, channels, -1, 1], np.int64))
+    reached = add("GreaterOrEqual", columns, constant(thresholds.reshape(channels, 1, count)))
+    sums = add("MatMul", add("Cast", reached, to=TensorProto.FLOAT), constant(np.ones(count)))
+    scaled = add("Mul", add("Reshape", sums, add("Shape", x)), constant(attributes.get("out_scale", 1.0)))
+    add("Add", scaled, constant(attributes.get("out_bias", 0.0)), out=node.output[0])
+    return True
+
+
+_LOWERINGS: dict[str, Lowering] = {
+    "Quant": _quant,
+    "IntQuant": _quant,
+    "BipolarQuant": _bipolar,
+    "Trunc": _trunc,
+    "MultiThreshold": _multi_threshold,
+}
 
 
 def _number(writer: Writer, tensor: str) -> Any:

@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
-from accaware.onnx.graph import Node, load
+from accaware.onnx.graph import Node, load, message
 from accaware.onnx.tensors import Array
 
 __all__ = ["mean_squares"]
@@ -39,8 +39,8 @@ def mean_squares(path: str | Path, data: str | Path) -> dict[str, NDArray[np.flo
     for a file that onnxruntime cannot run.
     """
     arrays = _arrays(data)
-    model = onnx.load(path)
-    nodes = [node for node in load(path).graph.nodes if node.kind in _PRODUCTS]
+    nodes = [node for node in load(path).graph.nodes if node.kind in _PRODUCTS and node.inputs]
+    model = message(path)
     tensors = dict.fromkeys(name for node in nodes for name in _inputs(node))
     constants = {tensor.name for tensor in model.graph.initializer}
     wanted = [name for name in tensors if name and name not in constants and name not in arrays]

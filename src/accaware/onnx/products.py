@@ -29,7 +29,8 @@ class Product:
     that the operator itself adds in its register, in units of act_scale * rows.scale; None where it adds none, or a
     float one outside. act_scale: float64 [R], None where it is computed at run time. padded: some outputs may see
     fewer taps, as if the others read real 0, which is the zero-point in raw codes. note: what a reader of the
-    certificate should know. left: the weights are the left operand of a matrix product.
+    certificate should know. left: the weights are the left operand of a matrix product. stored: the type that input
+    codes are stored in; None where they are floats.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Product:
     padded: bool
     note: str = ""
     left: bool = False
+    stored: IntFormat | None = None
 
     @property
     def dynamic(self) -> bool:
@@ -79,6 +81,8 @@ def _product(
     assert values is not None
     if not values.size or not values.shape:
         raise UnreadableError(f"its weights of shape {list(values.shape)} are empty or a single number")
+    if values.dtype == np.bool_:
+        raise UnreadableError("its weights are booleans")
     rank, fitted = len(values.shape), layout(values.shape)
     scale = None if weights.scale is None else _rows(fitted, fitted.per_output(weights.scale, weights.axis, rank))
     if isinstance(weights.zero, IntFormat):
@@ -109,6 +113,7 @@ def _product(
         act_scale=act_scale,
         padded=padded,
         note=note,
+        stored=codes.type or codes.stored,
     )
 
 

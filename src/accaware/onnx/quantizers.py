@@ -166,7 +166,7 @@ def dequantized(call: Call, x: int, scale: int | None, zero: int, axis: int, dia
     if codes.values is not None and (rank := len(codes.values.shape)):
         axis %= rank
     dialect = codes.dialect if codes.dialect and dialect == "qdq" else dialect
-    return replace(codes, scale=s, zero=z, axis=axis, type=None, dialect=dialect)
+    return replace(codes, scale=s, zero=z, axis=axis, type=None, stored=codes.type, dialect=dialect)
 
 
 def _typed(call: Call, x: int, zero: int, dialect: str) -> Codes:

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, load
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from accaware.bounds import Integers, largest, masses
 from accaware.onnx.build import Writer, bodies
-from accaware.onnx.graph import inlined, unique_name
+from accaware.onnx.graph import inlined, message, unique_name
 from accaware.onnx.lower import lower
 from accaware.onnx.products import Product
 from accaware.onnx.tensors import Array, UnreadableError
@@ -91,26 +91,22 @@ def rewrite(path: str | Path, products: Mapping[str, Product], folds: Mapping[st
 
     Nodes of QONNX become operators of ONNX. Raises `OSError`, or `ValueError` for a file that onnx cannot load.
     """
-    try:
-        model = inlined(load(path))
-    except OSError:
-        raise
-    except Exception as error:  # onnx and protobuf have errors of their own
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+    model = inlined(message(path))
     writer, done = Writer(model), Rewritten(model)
     taken: dict[str, int] = {}
-    for node in writer.originals():
-        name = unique_name(node, taken)
-        inner = [unique_name(n, taken) for n in _inside(node)]
-        done.left.update((n, "it is in a subgraph") for n in inner if n in products)
-        if name not in folds:
-            lower(writer, node)
-            continue
-        try:
-            _Sums(writer, node, products[name], folds[name], done).write()
-        except UnreadableError as error:
-            done.left[name] = str(error)
-            writer.keep(node)
+    with np.errstate(all="ignore"):  # hostile scales overflow, as they do when the network runs
+        for node in writer.originals():
+            name = unique_name(node, taken)
+            inner = [unique_name(n, taken) for n in _inside(node)]
+            done.left.update((n, "it is in a subgraph") for n in inner if n in products)
+            if name not in folds:
+                lower(writer, node)
+                continue
+            try:
+                _Sums(writer, node, products[name], folds[name], done).write()
+            except UnreadableError as error:
+                done.left[name] = str(error)
+                writer.keep(node)
     writer.finish([*done.overflows.values(), *done.sums.values()], OUTSIDE if done.outside else None)
     return done
 

@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from accaware.onnx.build import reads
 from accaware.onnx.rewrite import OUTSIDE
-from accaware.onnx.tensors import Array
+from accaware.onnx.tensors import ELEMENTS, Array
 
 __all__ = ["Feeds", "Runner"]
 
@@ -55,8 +55,10 @@ class Runner:
 
 
 def _described(info: ValueInfoProto) -> tuple[np.dtype[Any], tuple[int | None, ...] | None]:
-    """The type and the shape of a graph input; None for what the file leaves open."""
+    """The type and the shape of a graph input; None for what the file leaves open. Raises `ValueError`."""
     tensor = info.type.tensor_type
+    if tensor.elem_type not in ELEMENTS:
+        raise ValueError(f"input '{info.name}' is no tensor of numbers")
     shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
     return np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape if tensor.HasField("shape") else None
 

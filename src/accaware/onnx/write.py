@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, TensorProto, numpy_helper
 
-from accaware.onnx.graph import Node, load
+from accaware.onnx.graph import Node, load, message
 from accaware.onnx.read import Product
 from accaware.onnx.tensors import ELEMENTS, Array, Element
 
@@ -64,7 +64,7 @@ class File:
 
     def __init__(self, path: str | Path) -> None:
         graph = load(path).graph
-        self.model = onnx.load(path)
+        self.model = message(path)
         self._tensors: dict[str, TensorProto | None] = {}
         self._collect(self.model.graph)
         self._outputs = {info.name for info in self.model.graph.output}
