@@ -36,7 +36,8 @@ from accaware.certify.repair import repair_file
 from accaware.certify.targets import TARGETS, Target
 from accaware.experiments.batches import calibration_images, normalize
 from accaware.experiments.checkpoints import load_weights
-from accaware.experiments.data import NORMALIZATIONS, load
+from accaware.experiments.data import load
+from accaware.experiments.images import NORMALIZATIONS
 from accaware.experiments.models.resnet_cifar import resnet20
 from accaware.experiments.runs import commit, hardware, versions
 from accaware.files import write_whole
