@@ -260,6 +260,8 @@ def test_a_run_is_exported_by_command(ptq_options, tmp_path, capsys) -> None:
     assert "holds" in capsys.readouterr().out
     assert command(["certify", "net.onnx", "--json", "cert.json"]) == 0
     assert command(["check", "cert.json", "net.onnx"]) == 0
+    assert command(["emulate", "run", "--limit", "2"]) == 0
+    assert "file: 0 overflows; 2 of 2 rows" in capsys.readouterr().out
     assert command(["export", "run", "--dialect", "tflite", "-o", "other.onnx"]) == 2
     assert "dialect must be one of" in capsys.readouterr().err
     assert not (tmp_path / "other.onnx").exists()

@@ -91,7 +91,7 @@ def check(
 
 @app.command()
 def emulate(
-    file: Annotated[str, _Argument(help="An ONNX file.", show_default=False)],
+    file: File,
     target: TargetName = None,
     acc_bits: AccBits = None,
     tile: Tile = None,
@@ -110,7 +110,8 @@ def emulate(
     from accaware.files import write_whole
 
     register, patterns = _register(target, acc_bits or [], tile, outer_bits, overflow)
-    emulator, exact = (Emulator(file, t, inputs or [], p) for t, p in ((register, patterns), (None, {})))
+    with _as_file(file) as path:
+        emulator, exact = (Emulator(path, t, inputs or [], p) for t, p in ((register, patterns), (None, {})))
     feeds, labels = (random_feeds(emulator, limit or 16), None) if data is None else load_data(data, emulator, limit)
     with _progress(2 * max((len(array) for array in feeds.values() if array.ndim), default=1)) as advance:
         found = measure(emulator, exact, feeds, labels, target=register.name, batch_size=batch_size, progress=advance)
@@ -122,6 +123,23 @@ def emulate(
     if outputs is not None:
         write_whole(Path(outputs), outputs_file(found.emulated.outputs))
     return 0
+
+
+@contextmanager
+def _as_file(file: str) -> Iterator[Path]:
+    """The file, or a run folder's network as a file, for as long as the block lasts."""
+    if not Path(file).is_dir():
+        yield Path(file)
+        return
+    from tempfile import TemporaryDirectory
+
+    from accaware.experiments.job import load_run, sample_input
+    from accaware.exporter.write import export
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        export(load_run(Path(file)), path, "qdq", sample_input(Path(file)))
+        yield path
 
 
 @contextmanager

@@ -225,6 +225,9 @@ class _Sums:
 
     def _scalar(self, name: str) -> str:
         """A tensor of one element, without dimensions."""
+        value = self.writer.value(name)
+        if value is not None and not value.ndim:
+            return name
         return self.writer.add("Reshape", name, self.writer.constant([], np.int64))
 
     def _single(self, name: str) -> bool:

@@ -76,11 +76,28 @@ def _linked(model: ModelProto, groups: Sequence[list[NodeProto]], outputs: Seque
 def _cut(nodes: Sequence[NodeProto]) -> list[list[NodeProto]]:
     """Nodes in their order, those of domain `OUTSIDE` alone."""
     pieces: list[list[NodeProto]] = []
-    for node in nodes:
+    for node in _early(nodes):
         if not pieces or OUTSIDE in (node.domain, pieces[-1][0].domain):
             pieces.append([])
         pieces[-1].append(node)
     return pieces
+
+
+def _early(nodes: Sequence[NodeProto]) -> list[NodeProto]:
+    """The nodes, where codes are dequantized as soon as they are there: numpy has no tensors of half bytes to keep."""
+    made = {name: node for node in nodes for name in node.output}
+    after: dict[int, list[NodeProto]] = {}
+    for node in nodes:
+        maker = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if maker is not None and maker.op_type != node.op_type and not any(name in made for name in node.input[1:]):
+            after.setdefault(id(maker), []).append(node)
+    moved = {id(node) for group in after.values() for node in group}
+    ordered: list[NodeProto] = []
+    for node in nodes:
+        if id(node) not in moved:
+            ordered.append(node)
+            ordered.extend(after.get(id(node), []))
+    return ordered
 
 
 class _Piece:
