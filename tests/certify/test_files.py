@@ -338,7 +338,7 @@ def test_certify_and_check(tmp_path, capsys, monkeypatch):
     ("words", "message"),
     [
         (["certify", "nope.onnx"], "nope.onnx: No such file or directory"),
-        (["certify", "net.onnx", "--target", "avx3"], "unknown target 'avx3'; known are int16, int32, avx2-u8s8"),
+        (["certify", "net.onnx", "--target", "avx3"], "unknown target 'avx3'; known are file, int16, int32, avx2-u8s8"),
         (
             ["certify", "net.onnx", "--target", "int16", "--acc-bits", "3"],
             "--target takes the place of --acc-bits BITS",

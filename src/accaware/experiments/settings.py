@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -198,8 +199,6 @@ def read_recipe(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"recipe {file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"recipe {file} holds no settings")
     try:
         return {name: value for name, value in typed(values).items() if name not in ("command", "out")}
     except ValueError as error:
@@ -208,6 +207,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
 def typed(values: Mapping[Any, Any]) -> dict[str, Any]:
     """The values of settings by name, in the types of their fields. Raises `ValueError` for unknown names and types."""
+    if not isinstance(values, Mapping):
+        raise ValueError("it holds no settings")
     return {name: setting(name, value) for name, value in values.items()}
 
 
@@ -229,7 +230,7 @@ def setting(name: Any, value: Any) -> Any:
     >>> setting("acc_bits", 12), setting("lr", "1e-2"), setting("tile", "none")
     (('12',), 0.01, None)
     """
-    hints = get_type_hints(Settings)
+    hints = _types()
     if name not in hints:
         raise ValueError(f"unknown setting {name!r}")
     kind, *optional = get_args(hints[name]) if type(None) in get_args(hints[name]) else (hints[name],)
@@ -248,6 +249,11 @@ def setting(name: Any, value: Any) -> Any:
         pass
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
     raise ValueError(f"{name} must be {words[kind]}, not {value!r}")
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(Settings)
 
 
 def check_same(kept: Settings, given: Mapping[str, Any], folder: Path) -> None:
