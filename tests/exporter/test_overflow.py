@@ -16,40 +16,40 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.fixture(scope="module")
-def images():
-    """Of the handwritten digits: those to calibrate with, and those to judge by, with their labels."""
+def trained():
+    """A float network of 128 channels, so of up to 1,152 products, and the handwritten digits."""
     from accaware.experiments import demo
 
     digits = demo.load_digits(0)
-    return demo.float_network(digits, epochs=5, seed=0), digits
+    torch.manual_seed(0)
+    network = demo.DigitNet(128)
+    demo.train(network, digits.train, demo.FLOAT_RATE, epochs=4, seed=0)
+    return network, digits
 
 
 @pytest.mark.parametrize(("method", "start"), [("projected", "none"), ("projected", "free"), ("baseline", "none")])
-def test_an_uncertified_network_loses_what_a_certified_one_keeps(images, method, start, tmp_path) -> None:
-    model, digits = images
-    model = copy.deepcopy(model)
+def test_an_uncertified_network_loses_at_12_bits_what_a_certified_one_keeps(trained, method, start, tmp_path) -> None:
+    network, digits = trained
+    model, calibration = copy.deepcopy(network), [digits.train.images[:500]]
     x, labels = digits.test.images[:200], digits.test.labels[:200]
-    bits = 8
-    aa.prepare_(model, aa.Spec(acc_bits=bits, method=method, preload=start), sample=x[:2])
-    aa.calibrate(model, [digits.train.images[:500]])
-    aa.reestimate_batchnorm(model, [digits.train.images[:500]])
-    aa.export(model.eval(), tmp_path / "net.onnx", sample=x[:2])
-    certificate = aa.certify_file(tmp_path / "net.onnx")
-    emulator = Emulator(tmp_path / "net.onnx", TARGETS["file"])
-    exact = Emulator(tmp_path / "net.onnx", None)
+    aa.prepare_(model, aa.Spec(acc_bits=12, method=method, preload=start), sample=x[:2])
+    aa.calibrate(model, calibration)
+    aa.reestimate_batchnorm(model, calibration)
+    certificate = aa.export(model.eval(), tmp_path / "net.onnx", sample=x[:2])
+    emulator, exact = (Emulator(tmp_path / "net.onnx", target) for target in (TARGETS["file"], None))
     found = measure(emulator, exact, {"input": x.numpy()}, labels.numpy(), target="file", batch_size=100)
-    assert certificate.holds == (method != "baseline")
-    with aa.wrapping(model), torch.no_grad():
-        here = model(x).argmax(1).numpy()
-    there = found.emulated.outputs["output"].argmax(1)
-    assert (here == there).mean() > 0.98  # a tie that float32 breaks differently may turn a digit
+    assert certificate.holds == (method == "projected")
+    assert found.exact_top1 > 95
     if certificate.holds:
         assert found.emulated.overflows == 0
         assert found.equal == 200
-        assert found.top1 == found.exact_top1 > 30  # nothing was trained after quantizing
     else:
         assert found.emulated.overflows > 1000
         assert found.top1 < found.exact_top1 - 10
+        with aa.wrapping(model), torch.no_grad():  # the model itself, on the same register
+            here = model(x).argmax(1).numpy()
+        # An overflow magnifies what a tie in float32 changes.
+        assert (here == found.emulated.outputs["output"].argmax(1)).mean() > 0.95
 
 
 def test_resnet20_at_10_bits(shared, tmp_path) -> None:
