@@ -11,6 +11,7 @@ import accaware as aa
 from accaware.certify.emulation import Emulator
 from accaware.certify.measure import measure
 from accaware.certify.targets import TARGETS
+from exporter.helpers import prepared
 
 pytest.importorskip("onnxscript")
 
@@ -50,6 +51,15 @@ def test_an_uncertified_network_loses_at_12_bits_what_a_certified_one_keeps(trai
             here = model(x).argmax(1).numpy()
         # An overflow magnifies what a tie in float32 changes.
         assert (here == found.emulated.outputs["output"].argmax(1)).mean() > 0.95
+
+
+def test_sums_from_start_values_run_where_several_layers_read_four_bits(tmp_path) -> None:
+    model, x = prepared("residual", acc_bits=9, preload="free")
+    aa.export(model, tmp_path / "net.onnx", sample=x[:2])
+    emulator, exact = (Emulator(tmp_path / "net.onnx", target) for target in (TARGETS["file"], None))
+    found = measure(emulator, exact, {"input": x.numpy()}, None, target="file", batch_size=8)
+    assert found.emulated.overflows == 0
+    assert found.equal == len(x)
 
 
 def test_resnet20_at_10_bits(shared, tmp_path) -> None:
