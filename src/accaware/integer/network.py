@@ -149,7 +149,7 @@ class IntegerOp(_Codes):
             padding, pads = layer.padding, [*ends[0::2][::-1], *ends[1::2][::-1]]
         self.options["padding"] = padding
         self.attributes = {"strides": list(layer.stride), "dilations": list(layer.dilation), "pads": pads}
-        self.attributes["group"] = layer.groups
+        self.attributes |= {"kernel_shape": list(layer.kernel_size), "group": layer.groups}
         if transposed:
             self.options["output_padding"] = layer.output_padding
             self.attributes["output_padding"] = list(layer.output_padding)
