@@ -61,12 +61,17 @@ def file_layers(
 def targets_of(network: Network, target: Target, acc_bits: Mapping[str, int]) -> dict[str, Target]:
     """The target of every product by its name; "file" stands for what the file carries, and "int32" where it does not.
 
-    Raises `ValueError` for a pattern that matches none, and for damaged metadata.
+    Raises `ValueError` for a pattern that matches none, and for metadata that are damaged or about other operations.
     """
     names = [product.name for product in network.products]
     targets = dict.fromkeys(names, target)
     if target is TARGETS["file"]:
         own = carried(network.metadata)
+        if gone := sorted(set(own) - {operation.name for operation in network.operations}):
+            raise ValueError(
+                f"the file carries a register for {gone[0]!r}, an operation that it does not have; say which "
+                "register, with --acc-bits or --target"
+            )
         targets = {name: own.get(name, TARGETS["int32"]) for name in names}
     for pattern, bits in acc_bits.items():
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
