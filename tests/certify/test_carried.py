@@ -52,7 +52,9 @@ def test_start_values_do_not_hide_a_bias(tmp_path) -> None:
     assert disagreements(certificate, path) == []
     forged = Operation(
         *("conv", "QLinearConv", "proven", 13, Accumulator(16), IntFormat(0, 255), 4),
-        **{"preload": (5,), "lo": (5,), "hi": (3065,)},
+        preload=(5,),
+        lo=(5,),
+        hi=(3065,),
     )
     assert disagreements(replace(certificate, operations=(forged,)), path)
 
@@ -64,7 +66,11 @@ def test_start_values_of_tiles_of_any_taps_all_count(tmp_path) -> None:
     assert disagreements(certificate, path) == []
     forged = Operation(
         *("conv", "QLinearConv", "proven", 12, Accumulator(16, tile=2, order="any"), IntFormat(0, 255), 4),
-        **{"preload": (0, 40000), "lo": (0,), "hi": (1530,), "outer_lo": (0,), "outer_hi": (3060,)},
+        preload=(0, 40000),
+        lo=(0,),
+        hi=(1530,),
+        outer_lo=(0,),
+        outer_hi=(3060,),
     )
     assert disagreements(Certificate(SCHEMA, "", certificate.sha256, (forged,), "file"), path)
 

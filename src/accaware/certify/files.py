@@ -72,10 +72,10 @@ def targets_of(network: Network, target: Target, acc_bits: Mapping[str, int]) ->
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise ValueError(f"acc_bits: no operation matches {pattern!r}; they are {', '.join(names) or 'none'}")
-        if own := [name for name in matched if isinstance(targets[name], Carried)]:
+        if given := [name for name in matched if isinstance(targets[name], Carried)]:
             raise ValueError(
-                f"acc_bits: the file itself says what register {own[0]!r} has; to judge it by others, give a target or a "
-                f"width for all operations besides {pattern!r}"
+                f"acc_bits: the file itself says what register {given[0]!r} has; to judge it by another, give a target "
+                f"or a width for all operations besides {pattern!r}"
             )
         targets.update({name: targets[name].with_bits(bits) for name in matched})
     return targets
