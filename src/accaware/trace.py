@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from accaware.layers import QuantIdentity
+from accaware.layers import QuantIdentity, QuantLayer
 
 __all__ = ["Other", "Trace", "batchnorm_after", "evaluating", "trace"]
 
@@ -30,6 +30,8 @@ _PRODUCTS |= {
     "addbmm",
 }
 _POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+#: Not those that derive from them: they may do more.
+_BATCHNORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
 _SUMS = {"mean", "sum", "cumsum"}
 _ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__"}
 
@@ -136,7 +138,7 @@ def trace(model: nn.Module, targets: Mapping[str, nn.Module], sample: Tensor | t
 
 
 class _Readers(TorchFunctionMode):
-    """Counts the functions that read a tensor to compute another one."""
+    """Counts the functions that read the values of a tensor: all but those that say its type or its sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,16 +146,23 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            for value in {id(a) for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)}:
-                self.counts[value] = self.counts.get(value, 0) + 1
+        if not isinstance(out, (int, torch.Size, torch.dtype, torch.device)):
+            self.read((args, kwargs))
         return out
+
+    def read(self, values: Any) -> None:
+        """Count the tensors in nested lists, tuples and dictionaries, each once."""
+        for value in {id(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}:
+            self.counts[value] = self.counts.get(value, 0) + 1
 
 
 def batchnorm_after(
-    model: nn.Module, layers: Mapping[str, nn.Module], sample: Tensor | tuple[Any, ...]
+    model: nn.Module, layers: Mapping[str, QuantLayer], sample: Tensor | tuple[Any, ...]
 ) -> dict[str, str]:
-    """layer -> the batch-norm that is the only reader of its output; both run once. One run over `sample` tells."""
+    """layer -> the batch-norm of its channels that is the only reader of its output; both run once, over `sample`.
+
+    What is computed past torch's own functions (`torch.autograd.Function`, compiled code) is not seen.
+    """
     readers = _Readers()
     outputs: dict[int, str] = {}
     alive: list[Tensor] = []  # ids must not be used again
@@ -168,15 +177,17 @@ def batchnorm_after(
 
     def enter(name: str, args: tuple[Any, ...]) -> None:
         runs[name] = runs.get(name, 0) + 1
-        if args and id(args[0]) in outputs:
-            after[outputs[id(args[0])]] = name
+        layer = outputs.get(id(args[0])) if args else None
+        # Channels are the second dimension for batch-norm, the last one for a linear layer.
+        if layer is not None and args[0].dim() == layers[layer].weight.dim():
+            after[layer] = name
 
     hooks = [m.register_forward_hook(lambda m, args, out, n=name: leave(n, out)) for name, m in layers.items()]
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    norms = {n: m for n, m in model.named_modules() if type(m) in _BATCHNORMS and m.running_mean is not None}
     hooks += [m.register_forward_pre_hook(lambda m, args, n=name: enter(n, args)) for name, m in norms.items()]
     try:
         with evaluating(model), torch.no_grad(), readers:
-            model(*sample) if isinstance(sample, tuple) else model(sample)
+            readers.read(model(*sample) if isinstance(sample, tuple) else model(sample))
     finally:
         for hook in hooks:
             hook.remove()

@@ -220,6 +220,23 @@ def test_a_layer_that_runs_twice_is_two_operations(tmp_path, monkeypatch) -> Non
     assert np.array_equal(file_operands(path, {"layer"}, x, fast)[0], out)
 
 
+class NamedAsTorchDoes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.node_relu, self.relu = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.relu(torch.relu(self.node_relu(x)))
+
+
+def test_names_that_the_exporter_gives_are_free_for_layers(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(NETWORKS, "named", (NamedAsTorchDoes, (6,)))
+    model, path, x = exported("named", "qdq", tmp_path)
+    assert [op.name for op in certify_file(path).operations] == ["node_relu", "relu"]
+    out, _ = operands(integer_network(model, x), x)
+    assert np.array_equal(file_operands(path, {"relu"}, x, fast)[0], out)
+
+
 def test_files_say_nothing_of_the_machine(tmp_path) -> None:
     _, path, _ = exported("residual", "qdq", tmp_path)
     contents = path.read_bytes()

@@ -26,7 +26,8 @@ __all__ = ["KEY", "Carried", "carried", "metadata"]
 KEY = "accaware"
 SCHEMA = 1
 _ASSUMES = (
-    "Codes less their zero points; one running sum that starts at the start value, which is subtracted afterwards."
+    "Codes less their zero points; one running sum that starts at the start value, which is subtracted afterwards; "
+    "int32 for operations of which the file says nothing."
 )
 
 
@@ -42,6 +43,8 @@ class Carried(Target):
         layer = replace(Target.layer(self, product), inside=self.inside)
         if not self.preload:
             return layer
+        if product.bias is not None and layer.accumulator.tile is None:
+            raise ValueError("its register cannot start from both its bias and the start values of the file")
         shape = (len(layer.rows), len(layer.tiles)) if layer.accumulator.tile else (len(layer.rows),)
         if len(self.preload) != np.prod(shape):
             raise ValueError(f"the file has {len(self.preload)} start values for registers {list(shape)}")
@@ -85,11 +88,11 @@ def _register(name: str, entry: Any) -> Carried:
         if not isinstance(entry[field], kind):
             raise ValueError(f"{field} of operation {name!r} must be {kind.__name__}, not {reprlib.repr(entry[field])}")
     start = _integers(name, entry["preload"])
-    return Carried("file", Accumulator(**entry["register"]), False, "outside", "", _ASSUMES, "", start, entry["inside"])
+    return Carried("file", Accumulator(**entry["register"]), False, "inside", "", _ASSUMES, "", start, entry["inside"])
 
 
 def _integers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
     start = tuple(values)
     if any(type(v) is not int for v in start):
         raise ValueError(f"preload of operation {name!r} must be integers")
-    return start
+    return start if any(start) else ()

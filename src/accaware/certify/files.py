@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from accaware.bounds import bits_needed
-from accaware.certify.carried import carried
+from accaware.certify.carried import Carried, carried
 from accaware.certify.certificate import SCHEMA, TOOL, Certificate, Operation, outside, prove
 from accaware.certify.targets import TARGETS, Target
 from accaware.integer.layer import IntegerLayer
@@ -33,7 +33,7 @@ def certify_file(
     """
     network = read(path, dict(map(parse_input, inputs)))
     targets = targets_of(network, target, acc_bits or {})
-    shared = next(iter(targets.values()), target)
+    shared = next((t for t in targets.values() if isinstance(t, Carried)), next(iter(targets.values()), target))
     return Certificate(
         SCHEMA,
         TOOL,
@@ -61,7 +61,8 @@ def file_layers(
 def targets_of(network: Network, target: Target, acc_bits: Mapping[str, int]) -> dict[str, Target]:
     """The target of every product by its name; "file" stands for what the file carries, and "int32" where it does not.
 
-    Raises `ValueError` for a pattern that matches none, and for metadata that are damaged or about other operations.
+    Raises `ValueError` for a pattern that matches none, or one whose register the file says, and for metadata that are
+    damaged or about other operations.
     """
     names = [product.name for product in network.products]
     targets = dict.fromkeys(names, target)
@@ -77,7 +78,12 @@ def targets_of(network: Network, target: Target, acc_bits: Mapping[str, int]) ->
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise ValueError(f"acc_bits: no operation matches {pattern!r}; they are {', '.join(names) or 'none'}")
-        targets.update(dict.fromkeys(matched, target.with_bits(bits)))
+        if given := [name for name in matched if isinstance(targets[name], Carried)]:
+            raise ValueError(
+                f"acc_bits: the file itself says what register {given[0]!r} has; to judge it by another, give a target "
+                f"or a width for all operations besides {pattern!r}"
+            )
+        targets.update({name: targets[name].with_bits(bits) for name in matched})
     return targets
 
 

@@ -42,12 +42,17 @@ def _all(claimed: Certificate, network: Network, own: Mapping[str, Carried]) -> 
         if op is None:
             yield f"{operation.name}: not in the certificate"
         elif isinstance(operation, Product):
-            said_outside = op.name in own and not own[op.name].inside
-            if op.name in own and (op.target, op.preload) != (own[op.name].accumulator, own[op.name].preload):
+            mine = own.get(op.name)
+            if op.verdict == "unproven":
+                continue
+            if mine and (op.target, op.preload) != (mine.accumulator, _starts(mine, operation)):
                 yield f"{op.name}: the file carries another register, or other start values"
-            elif op.verdict == "proven" or op.verdict == "refuted" or said_outside:
-                yield from _fed(op, operation, claimed, own[op.name].preload if op.name in own else ())
-            elif op.verdict == "outside":
+            elif mine and mine.preload and operation.bias is not None and mine.accumulator.tile is None:
+                yield f"{op.name}: it has a bias, which its start values leave out"
+            elif op.verdict != "outside" or (mine and not mine.inside):
+                bias_is, preload = (mine.bias, mine.preload) if mine else (claimed.bias, ())
+                yield from _fed(op, operation, claimed.target, bias_is, preload)
+            else:
                 yield f"{op.name}: said to be outside, but its weights and codes are known"
         elif isinstance(operation, Unproven) and op.verdict != "unproven":
             yield f"{op.name}: said to be {op.verdict}, but {operation.reason}"
@@ -55,16 +60,24 @@ def _all(claimed: Certificate, network: Network, own: Mapping[str, Carried]) -> 
             yield f"{op.name}: said to be {op.verdict}, but it multiplies by no weights"
 
 
-def _fed(op: Operation, product: Product, claimed: Certificate, preload: tuple[int, ...]) -> Iterator[str]:
+def _starts(mine: Carried, product: Product) -> tuple[int, ...]:
+    """What the file says that the register starts from: its own start values, or the operator's bias."""
+    if mine.preload or product.bias is None or mine.accumulator.tile is not None:
+        return mine.preload
+    bias = tuple(map(int, product.bias))
+    return bias if any(bias) else ()
+
+
+def _fed(op: Operation, product: Product, target: str, bias_is: str, preload: tuple[int, ...]) -> Iterator[str]:
     """One operation, with the codes that the runtime of the target feeds to it."""
-    if claimed.target == "onnxruntime-avx2":
+    if target == "onnxruntime-avx2":
         feed = onnxruntime_feed(product)
         if op.raw != (feed is not None):
             yield f"{op.name}: its kernel adds {'stored codes in pairs' if feed else 'in int32'}"
             return
         if feed is not None:
             product = replace(product, codes=feed.codes, zero_range=feed.zero_range)
-    yield from _product(op, product, claimed.bias, preload)
+    yield from _product(op, product, bias_is, preload)
 
 
 def _product(op: Operation, product: Product, bias_is: str, preload: tuple[int, ...]) -> Iterator[str]:
@@ -159,7 +172,7 @@ def _range(
         if any_taps:
             low, high = sorted(low), sorted(high, reverse=True)
         for first in range(0, 1 if any_taps else len(weights), size):
-            start = starts[first // size if len(starts) > 1 else 0]
-            lows.append(start + sum(low[first : first + size]))
-            highs.append(start + sum(high[first : first + size]))
+            begin = starts if any_taps or len(starts) == 1 else [starts[first // size]]
+            lows.append(min(begin) + sum(low[first : first + size]))
+            highs.append(max(begin) + sum(high[first : first + size]))
     return min(lows), max(highs)

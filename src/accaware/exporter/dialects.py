@@ -197,8 +197,12 @@ def write_dialect(model: ModelProto, dialect: Dialect) -> dict[str, str]:
     writer = Writer(model)
     operands: dict[tuple[str, Grid], str] = {}  # what products read of a tensor on a grid, once it is written
     layers: dict[str, str] = {}
+    attributes = (a for node in writer.originals() if node.domain == _DOMAIN for a in node.attribute)
+    ours = {a.s.decode() for a in attributes if a.name == "name"}
     for node in writer.originals():
         if node.domain != _DOMAIN:
+            if node.name in ours:
+                node.name += "_"
             writer.keep(node)
             continue
         said = {a.name: helper.get_attribute_value(a) for a in node.attribute}

@@ -36,22 +36,24 @@ def integer_network(model: nn.Module, sample: Tensor | tuple[Any, ...] | None = 
     sample: an input of the model (or the tuple of its arguments). One run over it finds the batch-norms that alone read
     a layer's output; they become part of its rescale (never of its weights). Without it they stay as they are.
 
-    Raises `ValueError` for a model that is not prepared or not calibrated, and for a layer whose sums need more than 32
-    bits.
+    Raises `ValueError` for a model that is not prepared or not calibrated or is itself one layer, and for a layer whose
+    sums need more than 32 bits.
     """
     layers = quant_layers(model)
     if not layers:
         raise ValueError("this model has no quantized layer; call prepare_ first")
+    if isinstance(model, QuantLayer):
+        raise ValueError("an integer network is of modules: put the layer into nn.Sequential before prepare_")
     norms = {} if sample is None else batchnorm_after(model, layers, sample)
-    ops = {name: IntegerOp(layer, _norm(model, norms.get(name))) for name, layer in layers.items()}
-    network = copy.deepcopy(model).eval()
-    for name, op in ops.items():
-        network.set_submodule(name, op)
-    for name in norms.values():
-        network.set_submodule(name, nn.Identity())
+    integer: dict[nn.Module, nn.Module] = {model.get_submodule(name): nn.Identity() for name in norms.values()}
+    integer |= {layer: IntegerOp(layer, _norm(model, norms.get(name))) for name, layer in layers.items()}
     for name, module in model.named_modules():
         if isinstance(module, QuantIdentity) and module.input_quant is not None:
-            network.set_submodule(name, IntegerIdentity(name, module.input_quant))
+            integer[module] = IntegerIdentity(name, module.input_quant)
+    network = copy.deepcopy(model).eval()
+    for name, module in model.named_modules(remove_duplicate=False):  # a module may have several names
+        if module in integer:
+            network.set_submodule(name, integer[module])
     return network
 
 
@@ -154,7 +156,9 @@ class IntegerOp(_Codes):
             self.options["output_padding"] = layer.output_padding
             self.attributes["output_padding"] = list(layer.output_padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        if output_size is not None:
+            raise ValueError(f"{self.layer.name}: an integer network has no output_size; give the layer output_padding")
         if self.edges:
             x = F.pad(x, self.edges, mode=self.edge_mode)
         with torch.autocast(x.device.type, enabled=False):
@@ -168,7 +172,11 @@ class IntegerOp(_Codes):
 
     def sums(self, codes: Tensor) -> Tensor:
         """Codes, held as floats, to the exact sums of their products with q, int32."""
-        return self._operate(codes, torch.float32 if self._narrow and self._trusted(codes) else torch.float64).int()
+        return (
+            self._operate(codes, torch.float32 if self._narrow and self._trusted(codes) else torch.float64)
+            .round()
+            .int()
+        )
 
     def _operate(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         codes, q = codes.to(dtype), self.q.to(dtype)
