@@ -88,7 +88,7 @@ def _early(nodes: Sequence[NodeProto]) -> list[NodeProto]:
     made = {name: node for node in nodes for name in node.output}
     after: dict[int, list[NodeProto]] = {}
     for node in nodes:
-        maker = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        maker = made.get(node.input[0]) if node.op_type == "DequantizeLinear" and node.input else None
         if maker is not None and maker.op_type != node.op_type and not any(name in made for name in node.input[1:]):
             after.setdefault(id(maker), []).append(node)
     moved = {id(node) for group in after.values() for node in group}
