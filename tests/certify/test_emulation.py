@@ -477,3 +477,9 @@ def test_operators_on_floats(kind, inputs, attributes, x_shape, w_shape, tmp_pat
     narrow = Emulator(path, plain(10)).run(feeds)
     assert narrow.overflows > 0
     agree(narrow, Unfolded(path, plain(10)).run(feeds))
+
+
+def test_a_node_without_its_inputs_is_refused(tmp_path) -> None:
+    path = save(model([node("DequantizeLinear", "", "y")], {"x": [2]}, {"y": [2]}), tmp_path)
+    with pytest.raises(ValueError, match="onnxruntime cannot load the network"):
+        emulate_file(path, None, {"x": np.zeros(2, np.float32)})

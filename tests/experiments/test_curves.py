@@ -149,6 +149,11 @@ def test_runs_come_back_from_folders_and_files(tmp_path: Path) -> None:
     for name, value, bits in (("b", 81.5, 10), ("a", 82.25, 11)):
         folder_of(tmp_path / "sweep" / name, value, bits)
     (tmp_path / "sweep" / "half").mkdir()
+    folder_of(tmp_path / "sweep" / "float", 91.73, 12)
+    nothing = {"method": "float", "acc_bits": None, "weight_bits": None, "act_bits": None, "bits_needed": None}
+    result = {**made_up(91.73, 12).result, **nothing}
+    (tmp_path / "sweep" / "float" / "result.json").write_text(json.dumps(result))
+    (tmp_path / "sweep" / "float" / "certificate.json").unlink()
     runs = read_runs([tmp_path / "sweep"])
     assert [run.value for run in runs] == [82.25, 81.5]
     assert runs[0].config["data_dir"] == "cifar"
@@ -177,7 +182,7 @@ def test_the_committed_results_can_be_read() -> None:
     ("name", "text", "message"),
     [
         ("none", None, "No such file"),
-        ("empty.json", "[]", "empty.json holds no complete run"),
+        ("empty.json", "[]", "empty.json holds no complete run of a quantized network"),
         ("half.json", '[{"config"', "half.json holds no collected runs"),
         ("other.json", '{"a": 1}', "other.json holds no collected runs"),
         ("short.json", '[{"config": {}, "result": {"metric": "top1"}}]', "short.json holds no collected runs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -240,6 +241,18 @@ def test_without_a_place_for_the_cache_a_folder_is_read_with_a_warning(tmp_path:
     cache.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="decoded images are not kept"):
         assert len(load("folder", image_folder(tmp_path / "d")).train) == 6
+
+
+def test_a_full_disk_is_noticed_before_images_are_written(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.warns(UserWarning, match="not kept: .*No space left"):
+        assert len(load("folder", image_folder(tmp_path / "d")).train) == 6
+    assert list(cache.iterdir()) == []
 
 
 def test_what_is_wrong_with_an_image_folder_is_said(tmp_path: Path) -> None:

@@ -218,6 +218,7 @@ def test_a_complete_sweep_starts_nothing(options: list[str], capsys: pytest.Capt
     message = "run folder sweep/seed=1 was made with --lr 0.005, not 0.5"
     assert message in fails([*words, "--lr", "0.5"], capsys)
     assert "a run of a sweep is one process" in fails([*words, "--devices", "2"], capsys)
+    assert "quantize must be true" in fails([*words, "--no-quantize"], capsys)
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import math
 import tarfile
@@ -111,6 +112,15 @@ def test_the_download_is_checked_and_kept(tmp_path: Path, cache: Path) -> None:
     assert list(cache.iterdir()) == []
     assert sorted(p.name for p in (download(url, right) / "images" / "test").iterdir()) == ["0.jpg", "1.jpg"]
     assert download("file:///nowhere", right) == cache / "BSDS300"
+
+
+def test_a_download_that_is_cut_off_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*_: object, **__: object) -> None:
+        raise http.client.IncompleteRead(b"abc", 10)
+
+    monkeypatch.setattr("urllib.request.urlopen", cut_off)
+    with pytest.raises(ValueError, match=r"BSDS300 cannot be had from .*IncompleteRead.*; give --data-dir"):
+        download()
 
 
 def test_what_is_no_archive_is_named(tmp_path: Path, cache: Path) -> None:

@@ -7,6 +7,7 @@ counterparts are bicubic, a third as wide.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import shutil
 import tarfile
@@ -89,7 +90,7 @@ def download(url: str = URL, sha256: str = SHA256) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             archive = answer.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"BSDS300 cannot be had from {url} ({first_line(error)}); give --data-dir") from error
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as beside:

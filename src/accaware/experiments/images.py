@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,11 +143,16 @@ def mapped(items: Sequence[T], size: int, read: Callable[[T], np.ndarray[Any, An
             return torch.from_numpy(np.load(path, mmap_mode="c"))
         except (OSError, ValueError):
             pass
-    beside = path.with_suffix(f".{os.getpid()}")
+    beside = path.with_suffix(f".{platform.node()}-{os.getpid()}")  # hosts may share the cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.lib.format.open_memmap(beside, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # where the disk is full, writing to mapped memory would end the process
+            with beside.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         _not_kept(error)
         return torch.from_numpy(_fill(np.empty(shape, np.uint8), items, read))
     try:

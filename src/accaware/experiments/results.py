@@ -80,26 +80,32 @@ def axis(metric: str) -> str:
 def read_runs(paths: Iterable[Path]) -> list[Run]:
     """All complete runs of run folders, folders that hold such, and collected JSON files, in the order of their names.
 
-    Raises `ValueError` where a path holds none, or a file is damaged.
+    Float networks, which have no accumulator, are left out. Raises `ValueError` where a path holds no other runs, or a
+    file is damaged.
     """
     found: list[Run] = []
     for path in paths:
         runs = _of_folders(path) if path.is_dir() else _of_file(path)
         if not runs:
-            raise ValueError(f"{path} holds no complete run")
+            raise ValueError(f"{path} holds no complete run of a quantized network")
         found += runs
     return found
 
 
 def _of_folders(path: Path) -> list[Run]:
     results = [path / "result.json"] if (path / "config.yaml").exists() else path.glob("*/result.json")
-    return [_of_folder(file.parent) for file in sorted(results) if file.exists()]
+    found = (_of_folder(file.parent) for file in sorted(results) if file.exists())
+    return [run for run in found if run is not None]
 
 
-def _of_folder(folder: Path) -> Run:
+def _of_folder(folder: Path) -> Run | None:
+    """None for a float network."""
     import yaml
 
     try:
+        result = json.loads((folder / "result.json").read_text())
+        if result["method"] == "float":
+            return None
         config = yaml.safe_load((folder / "config.yaml").read_text())
         config = {name: Path(value).name if name in LOCAL and value else value for name, value in config.items()}
         certificate = Certificate.load(folder / "certificate.json")
@@ -108,7 +114,7 @@ def _of_folder(folder: Path) -> Run:
             for op in certificate.inside
             if op.target and op.codes
         ]
-        return _checked(Run(config, json.loads((folder / "result.json").read_text()), layers))
+        return _checked(Run(config, result, layers))
     except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"run folder {folder} is damaged: {error}") from error
 

@@ -85,14 +85,14 @@ class Settings:
         _one_of("algorithm", self.algorithm, ("projection",))
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("val_size", "weight_decay", "distill", "seed"):
+        for name in ("val_size", "weight_decay", "distill"):
             _at_least(name, getattr(self, name), 0)
         if self.resize is not None:
             _at_least("resize", self.resize, self.image_size)
         for name in ("epochs", "lr", "scale_lr", "width"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-        for name, high in (("warmup", 1), ("momentum", 0.999), ("crop_pad", 0.5)):
+        for name, high in (("warmup", 1), ("momentum", 0.999), ("crop_pad", 0.5), ("seed", 2**63 - 1)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [0, {high}], not {getattr(self, name)}")
         Schedule.parse(self.schedule)

@@ -43,11 +43,13 @@ def sweep(
     address: of a Ray cluster ("auto" finds it), None starts one on this machine. workers: runs at a time; by default
     one for each core, or for each share of a GPU. gpus_per_run: may be a fraction; by default 1 where there are any.
     A point that dies or raises is tried again `retries` times, from its last checkpoint; one that says `ValueError`
-    would only say it again. Raises `ValueError`, before anything starts, where a folder holds a run of other settings
-    and where a run would be more than one process.
+    would only say it again. Raises `ValueError`, before anything starts, where a folder holds a run of other settings,
+    and where a run would be more than one process or of a float network.
     """
     if any(settings.devices * settings.num_nodes > 1 for settings in points.values()):
         raise ValueError("a run of a sweep is one process: --devices and --num-nodes must be 1")
+    if not all(settings.quantize for settings in points.values()):
+        raise ValueError("a sweep compares accumulators, and a float network has none: quantize must be true")
     points = {name: replace(settings, out=str(folder / name)) for name, settings in points.items()}
     todo = {name: settings for name, settings in points.items() if not _complete(Path(settings.out), settings)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,8 @@ def export(
 
     dialect: "qdq", "qcdq", "qonnx" or "qoperator". sample: an input of the model (or the tuple of its arguments), for
     the shapes; the first dimension may have any size. The file's metadata say of every operation which accumulator it
-    was made for and what it starts from (`accaware.certify.carried`); `certify_file` judges it by these.
+    was made for and what it starts from (`accaware.certify.carried`); `certify_file` judges it by these. What stays in
+    floats (layers kept so, attention products) is unproven there: nothing in the file says that it is not asked for.
 
     Raises `OSError`, or `ValueError`, one line that names the layer where one is the reason, for what the dialect or
     PyTorch's exporter cannot write. Then nothing is written.
