@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from accaware.prepare import penalty as penalty
     from accaware.prepare import prepare_ as prepare_
     from accaware.prepare import reestimate_batchnorm as reestimate_batchnorm
+    from accaware.ptq.model import reconstruct as reconstruct
 
 _HOMES = {
     "Accumulator": "formats",
@@ -59,6 +60,7 @@ _HOMES = {
     "integer_network": "integer.network",
     "penalty": "prepare",
     "prepare_": "prepare",
+    "reconstruct": "ptq.model",
     "reestimate_batchnorm": "prepare",
     "repair_file": "certify.repair",
     "wrapping": "integer.convert",

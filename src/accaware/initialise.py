@@ -184,10 +184,12 @@ def bias_correct(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
             hook.remove()
     if not any(error.count for error in errors.values()):
         raise ValueError("bias correction needs at least one batch")
-    norms = {id(layer): norm for layer, norm in _norms(model)} if any(n.bias is None for n in layers.values()) else {}
+    following = (
+        {id(layer): norm for layer, norm in norms(model)} if any(n.bias is None for n in layers.values()) else {}
+    )
     for name, layer in layers.items():
         mean = errors[name].mean().to(layer.weight.dtype)
-        norm = norms.get(id(layer))
+        norm = following.get(id(layer))
         if layer.bias is not None:
             layer.bias.sub_(mean)
         elif norm is not None:
@@ -215,7 +217,7 @@ class _MeanError:
         return self.total / max(1, self.count)
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:
+def norms(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:
     """Layers and the batch-norm that alone reads what they give."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for node in _graph(model).nodes:

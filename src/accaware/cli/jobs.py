@@ -79,7 +79,13 @@ BiasCorrect = Annotated[
 ]
 Init = Annotated[str, _Option(help="First scales: search, ep or none.", rich_help_panel=QUANT)]
 Calib = Annotated[int, _Option(help="Training images for calibration.", rich_help_panel=QUANT)]
-Algorithm = Annotated[str, _Option(help="projection.", rich_help_panel=QUANT)]
+Algorithm = Annotated[
+    str,
+    _Option(
+        help="budgeted (integers chosen by the outputs they give) or projection (by the weights).",
+        rich_help_panel=QUANT,
+    ),
+]
 Epochs = Annotated[float, _Option(help="Passes over the training set; fractions are fine.", rich_help_panel=TRAIN)]
 Lr = Annotated[float, _Option(help="Peak learning rate.", rich_help_panel=TRAIN)]
 Schedule = Annotated[

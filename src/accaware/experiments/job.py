@@ -106,6 +106,9 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
         raise ValueError("ptq needs the weights of a trained model: --checkpoint")
     job = _prepare(settings)
     float_score = _float_score(job, console)
+    if settings.algorithm == "budgeted":
+        assert job.reference is not None
+        aa.reconstruct(job.model, job.reference, job.calibration)
     run.create(settings)
     return _finish(job, run, float_score, time.monotonic() - job.started, console)
 

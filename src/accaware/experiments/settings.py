@@ -58,7 +58,7 @@ class Settings:
     init: Init = "search"
     bias_correct: bool = False
     calib: int = 1000
-    algorithm: str = "projection"
+    algorithm: str = "budgeted"
     epochs: float = 1.0
     lr: float = 0.01
     schedule: str = "cosine"
@@ -82,7 +82,7 @@ class Settings:
         _one_of("normalize", self.normalize, ("imagenet", "cifar10", "none"))
         _one_of("optimizer", self.optimizer, ("sgd", "adam"))
         _one_of("init", self.init, get_args(Init))
-        _one_of("algorithm", self.algorithm, ("projection",))
+        _one_of("algorithm", self.algorithm, ("budgeted", "projection"))
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("val_size", "weight_decay", "distill"):
@@ -98,6 +98,10 @@ class Settings:
         Schedule.parse(self.schedule)
         if self.command == "ptq" and not self.quantize:
             raise ValueError("ptq quantizes; quantize cannot be false")
+        if self.command == "ptq" and self.algorithm == "budgeted" and self.method not in ("projected", "baseline"):
+            raise ValueError(f"method {self.method!r} chooses its own integers: it needs algorithm 'projection'")
+        if self.command == "ptq" and self.algorithm == "budgeted" and self.bias_correct:
+            raise ValueError("algorithm 'budgeted' corrects biases itself: bias_correct needs algorithm 'projection'")
         self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
 
     @property

@@ -1,0 +1,181 @@
+"""Sequential post-training quantization: each layer's integers from the inputs that the quantized network gives it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from accaware.initialise import norms
+from accaware.layers import LAYERS, QuantLayer
+from accaware.prepare import quant_layers
+from accaware.projections import project_integers
+from accaware.ptq.descent import Problem, descend, output_error
+from accaware.ptq.moments import Moments
+from accaware.quantizers.projected import BaselineQuantizer
+from accaware.trace import evaluating
+
+__all__ = ["reconstruct"]
+
+_DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
+_RATIOS = torch.logspace(-1.6, 1.5, 94, base=2.0, dtype=torch.float64)  # candidate scales, relative to max|w| / qmax
+
+
+@torch.no_grad()
+def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> None:
+    """Choose the integers of a prepared model by the outputs that they give, in place and without labels or training.
+
+    Layer by layer, in the order in which they run, the integers and scales minimise the squared distance between the
+    layer's output in the quantized network and in the float one, under the exact budget (`accaware.ptq.descent`). Where
+    a bias or a batch-norm follows, means do not count: it is given those (and batch-norm the variances) that bring the
+    float network's. Layers outside the request and transposed convolutions stay as `calibrate` left them.
+
+    model: prepared and calibrated, with methods "projected" or "baseline", before any `bias_correct`. reference: the
+    float network that it was made from, with the same names of layers. batches: as for `calibrate`; iterated once for
+    each layer, up to which both networks run: memory holds the moments of one layer. Raises `ValueError` for a model
+    that is not calibrated, another method, one scale for all channels, layers that the reference lacks, and no data.
+    """
+    layers = {name: layer for name, layer in quant_layers(model).items() if layer.inside}
+    floats = dict(reference.named_modules())
+    for name, layer in layers.items():
+        _refuse_unfit(name, layer, floats.get(name))
+    following = dict(norms(model)) if any(layer.bias is None for layer in layers.values()) else {}
+    with evaluating(model), evaluating(reference):
+        for name, calls in _calls(model, layers, batches).items():
+            layer = layers[name]
+            if getattr(layer, "transposed", False):
+                continue
+            moments = _collect(model, reference, batches, layer, floats[name], calls)
+            norm = following.get(layer) if calls == 1 and layer.bias is None else None
+            _choose(layer, moments.finish(centred=norm is not None or layer.bias is not None))
+            _correct(layer, moments, norm)
+
+
+def _refuse_unfit(name: str, layer: QuantLayer, reference: nn.Module | None) -> None:
+    if type(reference) not in LAYERS:
+        raise ValueError(f"{name}: the reference has no such float layer")
+    if not isinstance(layer.weight_quant, BaselineQuantizer) or not layer.spec.per_channel:
+        raise ValueError(
+            f"{name}: reconstruct needs method projected or baseline with a scale for each channel, "
+            f"not {layer.spec.method} with per_channel={layer.spec.per_channel}"
+        )
+    if layer.input_quant.codes is None:
+        raise ValueError(f"{name}: not calibrated; call calibrate(model, batches) first")
+    layer.bind()
+
+
+class _Reached(Exception):  # noqa: N818 -- no error
+    """The layer has seen the batch: what comes after it need not run."""
+
+
+def _run(network: nn.Module, batch: Any) -> None:
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    with suppress(_Reached):
+        network(inputs.to(next(network.parameters()).device))
+
+
+def _calls(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[Any]) -> Counter[str]:
+    """How often each layer runs, in the order of first runs."""
+    seen: Counter[str] = Counter()
+
+    def count(name: str) -> Any:
+        return lambda *_: seen.update([name])
+
+    hooks = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            _run(model, batch)
+            return seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise ValueError("reconstruct needs at least one batch")
+
+
+def _collect(
+    model: nn.Module, reference: nn.Module, batches: Iterable[Any], layer: QuantLayer, original: nn.Module, calls: int
+) -> Moments:
+    """Run both networks up to the last call of the layer, and of the float layer that it was made from."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def note(found: list[Tensor], value: Tensor) -> None:
+        found.append(value)
+        if len(found) == calls:
+            raise _Reached
+
+    moments = Moments(layer, original)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: note(inputs, args[0])),
+        original.register_forward_hook(lambda _, args, out: note(outputs, out)),
+    ]
+    try:
+        for batch in batches:
+            _run(model, batch)
+            _run(reference, batch)
+            while inputs:
+                moments.add(layer.input_quant(inputs.pop()), outputs.pop())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not moments.count:
+        raise ValueError("reconstruct iterates over the batches many times, which this iterator does not allow")
+    return moments
+
+
+def _choose(layer: QuantLayer, moments: Moments) -> None:
+    """Give the layer the integers and scales of the smallest output error that the descent finds."""
+    weight, cross = cast(Tensor, moments.reference.weight).double(), moments.cross
+    power = moments.gram.diagonal(dim1=1, dim2=2)
+    # Taps that no input tells anything about stay near their float weights.
+    damping = _DAMPING * power.mean(-1).clamp(min=1e-12).view(-1, 1, 1)
+    gram = moments.gram + damping * torch.eye(power.shape[1], dtype=power.dtype, device=power.device)
+    cross = (cross + damping * weight.reshape(cross.shape)).flatten(0, 1)
+    quantizer, rows = layer.weight_quant, layer.rows
+    assert quantizer.budget is not None
+    parts = torch.arange(rows.parts, device=weight.device).view(1, -1, 1)
+    tiles = rows.merge(parts.expand_as(rows.split(weight)))[0].flatten()
+    problem = Problem(gram, cross, tiles, quantizer.budget, quantizer.form.hi)
+    q, scale = descend(*_start(layer, problem, weight), problem)
+    quantizer.set_step(scale.unsqueeze(-1))
+    layer.weight.copy_((q * scale).reshape(weight.shape))  # so that the quantizer finds these integers
+
+
+def _start(layer: QuantLayer, problem: Problem, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The optimal projections of the weights, each tap weighted by its power, at the scale of smallest output error."""
+    rows, fan_in = layer.rows, problem.cross.shape[1]
+    power = problem.gram.diagonal(dim1=1, dim2=2)
+    power = power.repeat_interleave(len(weight) // len(power), 0).reshape(weight.shape)
+    u, importance = rows.split(weight), rows.split(power).clamp(min=1e-30)  # what pads a tile has no power
+    base = u.abs().amax((1, 2), keepdim=True).clamp(min=1e-10) / problem.qmax
+    q, scale, best = torch.zeros_like(problem.cross), base[..., 0], base[:, 0, 0].new_full((len(base),), float("inf"))
+    for ratio in _RATIOS.tolist():
+        codes = rows.merge(project_integers(u / (base * ratio), problem.budget, problem.qmax, importance))
+        codes = codes.reshape(-1, fan_in)
+        step = problem.best_scale(codes, base[..., 0] * ratio)
+        error = output_error(codes, step, problem)
+        better = error < best
+        q, scale = torch.where(better.unsqueeze(-1), codes, q), torch.where(better.unsqueeze(-1), step, scale)
+        best = torch.minimum(error, best)
+    return q, scale
+
+
+def _correct(layer: QuantLayer, moments: Moments, norm: _BatchNorm | None) -> None:
+    """Bring back the float network's means by the bias, or means and variances by the batch-norm that follows."""
+    weight = layer.quantized_weight().double().reshape(moments.cross.shape)
+    mean = (weight @ moments.x.unsqueeze(-1)).squeeze(-1)
+    if layer.bias is not None:
+        layer.bias.copy_(cast(Tensor, moments.reference.bias) - (mean - moments.y).flatten())
+    elif norm is not None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        ratio = ((weight * (weight @ moments.gram)).sum(-1) / moments.power).flatten()
+        ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1)
+        centre = moments.y.flatten() - norm.running_mean  # running statistics are not quite those of these images
+        norm.running_mean.copy_(mean.flatten() - centre * ratio.sqrt())
+        norm.running_var.mul_(ratio)

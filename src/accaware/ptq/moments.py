@@ -1,0 +1,65 @@
+"""What a layer's inputs and outputs tell about its weights: their first and second moments."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accaware.layers import QuantLayer
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Moments of a layer's inputs, and of the outputs of the float layer `reference` that it was made from.
+
+    For G groups of R outputs that sum K taps, in float64: gram [G, K, K], cross (outputs by taps) [G, R, K], the taps'
+    x [G, K], the outputs' y [G, R] and their power [G, R]. The layer's bias is no part of the outputs. Sums over
+    `count` positions while they are collected, means after `finish`.
+    """
+
+    def __init__(self, layer: QuantLayer, reference: nn.Module) -> None:
+        self.layer, self.reference, self.count = layer, reference, 0
+        self.gram = self.cross = self.x = self.y = self.power = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x: inputs of the layer, y: outputs of the float layer, for the same images."""
+        taps = _taps(self.layer, x)
+        bias = cast(Tensor | None, self.reference.bias)
+        y = y if bias is None else y - self.layer._along_channels(bias)
+        y = y if self.layer.weight.dim() == 2 else y.movedim(-self.layer.weight.dim() + 1, -1)
+        y = y.reshape(taps.shape[1], len(taps), -1).transpose(0, 1)
+        self.gram = self.gram.to(taps.device) + (taps.mT @ taps).double()
+        self.cross = self.cross.to(taps.device) + (y.mT @ taps).double()
+        self.x = self.x.to(taps.device) + taps.sum(1, dtype=torch.float64)
+        self.y = self.y.to(taps.device) + y.sum(1, dtype=torch.float64)
+        self.power = self.power.to(taps.device) + y.square().sum(1, dtype=torch.float64)
+        self.count += taps.shape[1]
+
+    def finish(self, centred: bool) -> Moments:
+        """Sums to means; `centred`: second moments about the means."""
+        for name in ("gram", "cross", "x", "y", "power"):
+            setattr(self, name, getattr(self, name) / self.count)
+        if centred:
+            self.gram = self.gram - self.x.unsqueeze(2) * self.x.unsqueeze(1)
+            self.cross = self.cross - self.y.unsqueeze(2) * self.x.unsqueeze(1)
+            self.power = self.power - self.y.square()
+        return self
+
+
+def _taps(layer: QuantLayer, x: Tensor) -> Tensor:
+    """What the outputs of each group sum, [G, positions, K]; taps in the order of the weight."""
+    if layer.weight.dim() == 2:
+        return x.reshape(1, -1, x.shape[-1])
+    conv = cast(Any, layer)
+    dims = len(conv.kernel_size)
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    for dim, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), 2):
+        x = x.unfold(dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    x = x.reshape(len(x), conv.groups, -1, *x.shape[2:]).movedim(2, 2 + dims)  # [B, G, *positions, channels, *kernel]
+    return x.movedim(1, 0).reshape(conv.groups, -1, layer.weight[0].numel())

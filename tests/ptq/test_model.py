@@ -1,0 +1,163 @@
+"""Reconstruction of whole networks: the budget, the integers that are deployed, and outputs nearer the float ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import accaware as aa
+from accaware.cli import run
+from accaware.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer
+from accaware.prepare import quant_layers
+from accaware.ptq.moments import Moments
+from cli_helpers import fails
+
+
+class Net(nn.Module):
+    """Plain, grouped, depthwise, strided, transposed and linear layers; one is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding="same", groups=8, padding_mode="reflect")
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding=1, dilation=1)
+        self.up = nn.ConvTranspose2d(8, 6, 2, 2)
+        self.down = nn.Conv2d(6, 12, 3, stride=2)
+        self.p = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.a(x)))
+        x = F.relu(self.depthwise(x))
+        x = F.relu(self.grouped(F.relu(self.grouped(x))))
+        x = F.relu(self.down(self.up(x)))
+        return self.p(x.mean((2, 3)))
+
+
+BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(i)).cumsum(2) for i in range(3)]
+
+
+def prepared(calibrated=True, **options):
+    torch.manual_seed(0)
+    reference = Net().train()
+    for batch in BATCHES:
+        reference(batch)
+    model = copy.deepcopy(reference.eval())
+    aa.prepare_(model, aa.Spec(**{"weight_bits": 4, "act_bits": 4, "acc_bits": 9, **options}), BATCHES[0])
+    if calibrated:
+        aa.calibrate(model, BATCHES)
+    return model, reference
+
+
+def distance(model, reference):
+    with torch.no_grad():
+        return sum(float((model(x) - reference(x)).square().sum()) for x in BATCHES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"preload": "free"}, {"tile": 5, "acc_bits": 8}, {"tile": 5, "acc_bits": 8, "order": "hwc"}, {"acc_bits": 32}],
+)
+def test_the_integers_fit_and_bring_the_outputs_nearer(options):
+    model, reference = prepared(**options)
+    model.eval()
+    before = distance(model, reference)
+    up = model.up.weight.clone()
+    chosen = {name: layer.rows.merge(layer.deployed()[0]) for name, layer in quant_layers(model).items()}
+    aa.reconstruct(model, reference, BATCHES)
+    assert distance(model, reference) < 0.7 * before
+    assert aa.certify(model).holds
+    for name, layer in quant_layers(model).items():
+        q, scale, repaired = layer.deployed()
+        assert not repaired.any()
+        same = torch.equal(layer.rows.merge(q), chosen[name])
+        if name == "up":  # transposed ones stay
+            assert same
+            assert torch.equal(layer.weight, up)
+        else:
+            assert not same
+            torch.testing.assert_close(layer.rows.merge(q * scale).float(), layer.weight, rtol=1e-6, atol=0)
+
+
+def test_means_and_variances_stay_those_of_the_float_network():
+    model, reference = prepared(acc_bits=8)
+    aa.reconstruct(model, reference, BATCHES)
+    x = torch.cat(BATCHES)
+    seen = {}
+    for key, network in (("quantized", model.eval()), ("float", reference)):
+        hooks = [
+            getattr(network, name).register_forward_hook(lambda _, __, out, k=(key, name): seen.setdefault(k, out))
+            for name in ("norm", "depthwise")
+        ]
+        with torch.no_grad():
+            network(x)
+        for hook in hooks:
+            hook.remove()
+    for name in ("norm", "depthwise"):
+        mean, wanted = (seen[key, name].mean((0, 2, 3)) for key in ("quantized", "float"))
+        torch.testing.assert_close(mean, wanted, rtol=1e-3, atol=1e-4)
+    deviations = (seen[key, "norm"].std((0, 2, 3)) for key in ("quantized", "float"))
+    torch.testing.assert_close(*deviations, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "options"),
+    [
+        (QuantConv1d, (2, 4, 9), {"groups": 2, "stride": 2, "dilation": 2}),
+        (QuantConv2d, (2, 4, 7, 6), {"padding": (1, 0), "groups": 4, "padding_mode": "circular"}),
+        (QuantConv2d, (4, 7, 6), {"padding": "same", "dilation": 2}),
+        (QuantConv3d, (1, 2, 4, 5, 4), {"padding": 1, "stride": (1, 2, 1)}),
+    ],
+)
+def test_the_moments_are_those_of_the_layer(kind, shape, options):
+    """With x the float network's own input, cross must be H w: each tap meets the weight that it is multiplied by."""
+    torch.manual_seed(0)
+    float_kind = next(k for k in kind.__mro__ if k.__module__.startswith("torch"))
+    reference = float_kind(shape[-float_kind(1, 1, 1).weight.dim() + 1], 8, 3, **options)
+    layer = copy.deepcopy(reference)
+    layer.__class__ = kind
+    assert isinstance(layer, QuantLayer)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        moments = Moments(layer, reference)
+        moments.add(x, reference(x))
+        moments.finish(centred=True)
+    weight = reference.weight.double().reshape(moments.cross.shape)
+    torch.testing.assert_close(moments.cross, weight @ moments.gram, rtol=1e-4, atol=1e-4)
+    power = (weight * (weight @ moments.gram)).sum(-1)
+    torch.testing.assert_close(moments.power, power, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_reconstructed_is_refused():
+    model, reference = prepared()
+    with pytest.raises(ValueError, match="reconstruct needs at least one batch"):
+        aa.reconstruct(model, reference, [])
+    with pytest.raises(ValueError, match="iterates over the batches many times"):
+        aa.reconstruct(model, reference, iter(BATCHES[:1]))
+    with pytest.raises(ValueError, match="a: the reference has no such float layer"):
+        aa.reconstruct(model, model, BATCHES)
+    with pytest.raises(ValueError, match="a: not calibrated"):
+        aa.reconstruct(*prepared(calibrated=False), BATCHES)
+    with pytest.raises(ValueError, match=r"a: reconstruct needs method projected or baseline .* not a2q with"):
+        aa.reconstruct(*prepared(method="a2q", acc_bits=16), BATCHES)
+    with pytest.raises(ValueError, match="per_channel=False"):
+        aa.reconstruct(*prepared(per_channel=False), BATCHES)
+
+
+def test_the_command_line(ptq_options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["ptq", *ptq_options, "--acc-bits", "9"]
+    for algorithm in ("projection", "budgeted"):
+        assert run([*words, "--algorithm", algorithm, "--out", algorithm]) == 0
+        assert json.loads(Path(algorithm, "result.json").read_text())["holds"]
+    assert run([*words, "--out", "default"]) == 0
+    models = [Path(name, "model.safetensors").read_bytes() for name in ("default", "budgeted", "projection")]
+    assert models[0][-1000:] == models[1][-1000:] != models[2][-1000:]
+    assert "method 'a2q' chooses its own integers" in fails([*words, "--method", "a2q", "--out", "no"], capsys)
+    assert "algorithm 'budgeted' corrects biases itself" in fails([*words, "--bias-correct", "--out", "no"], capsys)
+    assert not Path("no").exists()
