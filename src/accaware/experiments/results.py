@@ -6,14 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accaware.bounds import data_type_bits
 from accaware.certify.certificate import Certificate
-from accaware.experiments.settings import acc_widths
+from accaware.experiments.settings import Settings, acc_widths
 from accaware.files import write_whole
 from accaware.formats import IntFormat
 
@@ -64,8 +64,15 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What may tell runs apart beside the width: the configuration, where patterns stand for widths of layers."""
-        return {**self.config, "acc_bits": sorted(acc_widths(self.config.get("acc_bits", ()))[1].items())}
+        """What may tell runs apart beside the width: the configuration, where patterns stand for widths of layers.
+
+        What a configuration does not name, since it was written before there was such a setting, has its default.
+        """
+        return {
+            **asdict(Settings()),
+            **self.config,
+            "acc_bits": sorted(acc_widths(self.config.get("acc_bits", ()))[1].items()),
+        }
 
 
 def axis(metric: str) -> str:
