@@ -64,7 +64,7 @@ def test_the_lists_of_names_are_names() -> None:
         ({"keep": ("conv1",)}, "keep must be PATTERN=VALUE, not 'conv1'"),
         ({"keep": ("conv1=7.5",)}, "keep must be PATTERN=8 or PATTERN=float, not 'conv1=7.5'"),
         ({"method": "magic"}, "method must be one of projected, .*, not 'magic'"),
-        ({"init": "magic"}, "init must be one of search, ep, none, not 'magic'"),
+        ({"init": "magic"}, "init must be one of search, ep, none, ptq, not 'magic'"),
         ({"normalize": "no"}, "normalize must be one of imagenet, cifar10, none, not 'no'"),
         ({"algorithm": "no"}, "algorithm must be one of budgeted, projection, not 'no'"),
         ({"epochs": 0.0}, "epochs must be a positive number, not 0.0"),

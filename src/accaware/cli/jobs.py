@@ -77,7 +77,7 @@ Equalize = Annotated[
 BiasCorrect = Annotated[
     bool, _Option("--bias-correct", help="Last correct biases by the mean error.", rich_help_panel=QUANT)
 ]
-Init = Annotated[str, _Option(help="First scales: search, ep or none.", rich_help_panel=QUANT)]
+Init = Annotated[str, _Option(help="First weights: search, ep, none; for train also ptq.", rich_help_panel=QUANT)]
 Calib = Annotated[int, _Option(help="Training images for calibration.", rich_help_panel=QUANT)]
 Algorithm = Annotated[
     str,

@@ -81,13 +81,17 @@ def resume(folder: Path, given: Mapping[str, Any], console: Console) -> dict[str
 
 
 def _train(run: runs.RunFolder, settings: Settings, console: Console, resume: bool) -> dict[str, Any]:
+    if settings.init == "ptq":
+        _require_trained(settings, "init 'ptq'")
     job = _prepare(settings)
     float_score = _float_score(job, console)
-    if first_process() and not resume:
-        run.create(settings)
     last = run.last_checkpoint() if resume else None
+    if last is None and settings.init == "ptq":
+        _reconstruct(job)
     if last is None:  # start from statistics that fit the integers
         aa.reestimate_batchnorm(job.model, _as_in_training(job.data, settings))
+    if first_process() and not resume:
+        run.create(settings)
     teacher = job.reference if settings.distill else None
     network = Network(
         job.model, job.data.train, job.calibration.normalization, settings, job.started, teacher, job.data.task
@@ -102,15 +106,23 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
     """`accaware ptq`: the calibrated network as it is, without training."""
     run = runs.RunFolder(Path(settings.out))
     run.require_new()
-    if settings.checkpoint is None and settings.model in models.BUILT_IN:
-        raise ValueError("ptq needs the weights of a trained model: --checkpoint")
+    _require_trained(settings, "ptq")
     job = _prepare(settings)
     float_score = _float_score(job, console)
     if settings.algorithm == "budgeted":
-        assert job.reference is not None
-        aa.reconstruct(job.model, job.reference, job.calibration)
+        _reconstruct(job)
     run.create(settings)
     return _finish(job, run, float_score, time.monotonic() - job.started, console)
+
+
+def _require_trained(settings: Settings, what: str) -> None:
+    if settings.checkpoint is None and settings.model in models.BUILT_IN:
+        raise ValueError(f"{what} needs the weights of a trained model: --checkpoint")
+
+
+def _reconstruct(job: Job) -> None:
+    assert job.reference is not None
+    aa.reconstruct(job.model, job.reference, job.calibration)
 
 
 def load_run(folder: Path) -> nn.Module:
@@ -161,7 +173,7 @@ def _prepare(settings: Settings) -> Job:
     if settings.quantize:
         sample, _ = next(iter(calibration))
         _quantize(model, settings, sample[:2].to(device))
-        aa.calibrate(model, calibration, init=settings.init)
+        aa.calibrate(model, calibration, init="search" if settings.init == "ptq" else settings.init)
         if settings.bias_correct:
             aa.bias_correct(model, reference, calibration)
     return Job(settings, device, data, calibration, model, reference if trained else None, started)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from accaware.formats import Method, Overflow, Preload, Spec
 
-Init = Literal["search", "ep", "none"]
+Init = Literal["search", "ep", "none", "ptq"]
 
 #: May differ when a run is resumed: where it computes, not what.
 FREE_ON_RESUME = {"device", "devices", "num_nodes", "checkpoint_every", "data_dir", "checkpoint", "out"}
@@ -102,7 +102,20 @@ class Settings:
             raise ValueError(f"method {self.method!r} chooses its own integers: it needs algorithm 'projection'")
         if self.command == "ptq" and self.algorithm == "budgeted" and self.bias_correct:
             raise ValueError("algorithm 'budgeted' corrects biases itself: bias_correct needs algorithm 'projection'")
+        if self.init == "ptq":
+            self._check_reconstruction()
         self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
+
+    def _check_reconstruction(self) -> None:
+        if self.command == "ptq":
+            raise ValueError("init 'ptq' is where training starts; ptq itself takes algorithm 'budgeted'")
+        if not self.quantize:
+            raise ValueError("init 'ptq' quantizes; quantize cannot be false")
+        for method in (self.method, self.depthwise_method or self.method):
+            if method not in ("projected", "baseline"):
+                raise ValueError(f"init 'ptq' needs method projected or baseline, not {method!r}")
+        if self.bias_correct:
+            raise ValueError("init 'ptq' corrects biases itself: bias_correct needs another init")
 
     @property
     def spec(self) -> Spec:
