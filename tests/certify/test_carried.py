@@ -75,6 +75,23 @@ def test_start_values_of_tiles_of_any_taps_all_count(tmp_path) -> None:
     assert disagreements(Certificate(SCHEMA, "", certificate.sha256, (forged,), "file"), path)
 
 
+@pytest.mark.parametrize("name", ["file", "file with other=9"])
+def test_what_the_register_assumes_is_checked(tmp_path, name) -> None:
+    path = file(tmp_path, bits=16)
+    certificate = replace(certify_file(path), target=name)
+    assert disagreements(certificate, path) == []
+    (op,) = certificate.operations
+    lies = [
+        ({"assumes": "Nothing."}, "assumes of target file is 'Codes less their zero points; one running sum"),
+        ({"bias": "outside"}, "bias of target file is 'inside', not 'outside'"),
+        ({"operations": (replace(op, target=Accumulator(17)),)}, "conv: the file carries another register"),
+        ({"operations": (replace(op, raw=True),)}, "conv: the file carries another register"),
+    ]
+    for lie, line in lies:
+        (found,) = disagreements(replace(certificate, **lie), path)
+        assert found.startswith(line)
+
+
 def test_start_values_of_zero_are_none(tmp_path) -> None:
     path = file(tmp_path, preload=[0], bits=16)
     certificate = certify_file(path)

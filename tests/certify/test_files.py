@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -226,6 +227,53 @@ def test_a_witness_that_does_not_overflow_is_found(tmp_path):
         assert disagreements(replace(certificate, operations=(lie,)), path) == ["conv: its witness does not overflow"]
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "line"),
+    [
+        (
+            "int16",
+            {"assumes": "Nothing."},
+            "assumes of target int16 is 'Codes less their zero points; .* not 'Nothing.'",
+        ),
+        ("int16", {"bias": "outside"}, "bias of target int16 is 'inside', not 'outside'"),
+        ("int16", {"target": "avx2-u8s8"}, "assumes of target avx2-u8s8 is 'Stored u8 codes"),
+        ("int16", {"bits": 17}, "conv: its register is not that of target int16"),
+        ("int16", {"overflow": "saturate"}, "conv: its register is not that of target int16"),
+        ("int16", {"tile": 64}, "conv: its register is not that of target int16"),
+        ("avx2-u8s8", {"outer_bits": 33}, "conv: its register is not that of target avx2-u8s8"),
+        ("avx2-u8s8", {"order": "any"}, "conv: its register is not that of target avx2-u8s8"),
+        ("avx2-u8s8", {"raw": False}, "conv: its register is not that of target avx2-u8s8"),
+        ("onnxruntime-avx2", {"bits": 17}, "conv: its register is not that of target onnxruntime-avx2"),
+        ("onnxruntime-avx2", {"raw": False}, "conv: its kernel adds stored codes in pairs"),
+    ],
+)
+def test_a_named_target_is_what_the_table_says(name, change, line, tmp_path, monkeypatch):
+    path = conv(tmp_path, S8([[[3], [-2]]]), bias=[7])
+    certificate = certify_file(path, TARGETS[name])
+    assert disagreements(certificate, path) == []
+    monkeypatch.setattr("accaware.certify.proof.Operation.__post_init__", lambda self: None)  # lies of any kind
+    ((key, value),) = change.items()
+    (op,) = certificate.operations
+    if key in ("bits", "overflow", "tile", "outer_bits", "order"):
+        op = replace(op, target=replace(op.target, **change))
+    elif key == "raw":
+        op = replace(op, raw=value)
+    else:
+        certificate = replace(certificate, **change)
+    (found,) = disagreements(replace(certificate, operations=(op,)), path)
+    assert re.match(line, found), found
+
+
+def test_other_widths_belong_to_the_name(tmp_path):
+    path = mixed(tmp_path)
+    certificate = certify_file(path, TARGETS["int16"], acc_bits={"un*": 17, "safe": 11})
+    assert certificate.target == "int16 with un*=17, safe=11"
+    assert disagreements(certificate, path) == []
+    assert disagreements(replace(certificate, target="int16"), path) == [
+        f"{name}: its register is not that of target int16" for name in ("safe", "unsafe")
+    ]
+
+
 def test_another_file_is_found(tmp_path):
     certificate = certify_file(conv(tmp_path, S8([[[3]]])), plain(16))
     other = conv(tmp_path, S8([[[2]]]), name="other.onnx")
@@ -317,7 +365,7 @@ def test_certify_and_check(tmp_path, capsys, monkeypatch):
     assert run(words) == 1
     shown = capsys.readouterr().out
     assert "does not hold: 1 of 3 operations of the request are proven" in shown
-    assert Certificate.load("c.json").target == "int14"
+    assert Certificate.load("c.json").target == "int14 with safe=11"
     with np.load("w.npz") as arrays:
         assert sorted(arrays) == [f"unsafe/{n}" for n in ("inputs", "rows", "values", "zero_points")]
         assert arrays["unsafe/inputs"].tolist() == [[255, 255]]
@@ -345,6 +393,8 @@ def test_certify_and_check(tmp_path, capsys, monkeypatch):
         ),
         (["certify", "net.onnx", "--acc-bits", "99"], "acc_bits must lie in [2, 64], not 99"),
         (["certify", "net.onnx", "--acc-bits", "nope=9"], "acc_bits: no operation matches 'nope'"),
+        (["certify", "net.onnx", "--outer-bits", "24"], "--outer-bits is the register that tiles spill to"),
+        (["certify", "net.onnx", "--target", "mine.json"], "mine.json: 'int16' is the name of another target"),
         (["certify", "net.onnx", "--overflow", "never"], "overflow must be one of wrap, saturate, not 'never'"),
         (["certify", "net.onnx", "--input", "x"], "an input is written NAME=uint8[:scale[:zero]], not 'x'"),
         (["certify", "net.onnx", "--input", "q=uint8"], "'q' is no graph input; those are x"),
@@ -357,6 +407,7 @@ def test_certify_and_check(tmp_path, capsys, monkeypatch):
 def test_mistakes_get_one_line(words, message, tmp_path, capsys, monkeypatch):
     conv(tmp_path, S8([[[3]]]))
     (tmp_path / "text.onnx").write_text("hello")
+    (tmp_path / "mine.json").write_text(json.dumps({"name": "int16", "accumulator": {"bits": 20}}))
     monkeypatch.chdir(tmp_path)
     assert run([*words, *(["--json", "out.json"] if words[0] == "certify" else [])]) == 2
     said = capsys.readouterr().err

@@ -31,9 +31,9 @@ TOOL = f"accaware {__version__}"
 class Certificate:
     """The verdicts on a network. sha256: of what was proven. tool: name and version of the program that proved it.
 
-    target: name of the register that all operations share ("": each its own, as the network was prepared for), and
-    assumes, what must be true of it. bias: whether an operator's bias is in the register. inputs: the codes of graph
-    inputs that the user vouched for.
+    target: name of the register that all operations share ("": each its own, as the network was prepared for; "NAME
+    with PATTERN=BITS": some have another width), and assumes, what must be true of it. bias: whether an operator's bias
+    is in the register. inputs: the codes of graph inputs that the user vouched for.
     """
 
     schema: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from accaware.bounds import bits_needed
 from accaware.certify.carried import Carried, carried
 from accaware.certify.certificate import SCHEMA, TOOL, Certificate, Operation, outside, prove
-from accaware.certify.targets import TARGETS, Target
+from accaware.certify.targets import OTHER_WIDTHS, TARGETS, Target
 from accaware.integer.layer import IntegerLayer
 from accaware.onnx.read import Network, Other, Product, Unproven, parse_input, read
 
@@ -39,11 +39,15 @@ def certify_file(
         TOOL,
         network.sha256,
         tuple(_operations(network, targets)),
-        target=shared.name,
+        target=shared.name if not acc_bits else f"{shared.name}{OTHER_WIDTHS}{_words(acc_bits)}",
         assumes=shared.assumes,
         bias=shared.bias,
         inputs=tuple(inputs),
     )
+
+
+def _words(acc_bits: Mapping[str, int]) -> str:
+    return ", ".join(f"{pattern}={bits}" for pattern, bits in acc_bits.items())
 
 
 def file_layers(

@@ -1,20 +1,21 @@
 """The second checker: a certificate derived again by other means, one output at a time, in Python integers.
 
-Deliberately simple and slow, and sharing nothing with the first but the readers: no bounds, no integer layer, no
-vectorised sums. What agrees here was not made by one mistake.
+Deliberately simple and slow, and sharing nothing with the first but the readers and the table of targets: no bounds, no
+integer layer, no vectorised sums. What agrees here was not made by one mistake.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accaware.bounds import Integers
 from accaware.certify.carried import Carried, carried
 from accaware.certify.certificate import Certificate, Operation
 from accaware.certify.kernels import onnxruntime_feed
-from accaware.formats import TapOrder
+from accaware.certify.targets import OTHER_WIDTHS, TARGETS, Target
+from accaware.formats import Accumulator, TapOrder
 from accaware.onnx.read import Network, Product, Unproven, parse_input, read
 
 __all__ = ["disagreements"]
@@ -26,13 +27,19 @@ def disagreements(claimed: Certificate, file: str | Path) -> list[str]:
     Raises `OSError` or `ValueError` where the file cannot be read.
     """
     network = read(file, dict(map(parse_input, claimed.inputs)))
-    own = carried(network.metadata) if claimed.target == "file" else {}
+    name = claimed.target.partition(OTHER_WIDTHS)[0]
+    own = carried(network.metadata) if name == "file" else {}
     if network.sha256 != claimed.sha256:
         return [f"the certificate is about another file: sha256 {claimed.sha256}, not {network.sha256}"]
-    return list(_all(claimed, network, own))
+    shared = next(iter(own.values()), TARGETS.get(name))
+    for field in ("assumes", "bias") if shared else ():
+        said, known = getattr(claimed, field), getattr(shared, field)
+        if said != known:
+            return [f"{field} of target {name} is {known!r}, not {said!r}"]
+    return list(_all(claimed, network, own, TARGETS["int32"] if name == "file" else shared))
 
 
-def _all(claimed: Certificate, network: Network, own: Mapping[str, Carried]) -> Iterator[str]:
+def _all(claimed: Certificate, network: Network, own: Mapping[str, Carried], named: Target | None) -> Iterator[str]:
     said = {operation.name: operation for operation in claimed.operations}
     names = [operation.name for operation in network.operations]
     for name in sorted(said.keys() - set(names)):
@@ -45,13 +52,15 @@ def _all(claimed: Certificate, network: Network, own: Mapping[str, Carried]) -> 
             mine = own.get(op.name)
             if op.verdict == "unproven":
                 continue
-            if mine and (op.target, op.preload) != (mine.accumulator, _starts(mine, operation)):
+            if mine and (op.target, op.raw, op.preload) != (mine.accumulator, mine.raw, _starts(mine, operation)):
                 yield f"{op.name}: the file carries another register, or other start values"
             elif mine and mine.preload and operation.bias is not None and mine.accumulator.tile is None:
                 yield f"{op.name}: it has a bias, which its start values leave out"
             elif op.verdict != "outside" or (mine and not mine.inside):
-                bias_is, preload = (mine.bias, mine.preload) if mine else (claimed.bias, ())
-                yield from _fed(op, operation, claimed.target, bias_is, preload)
+                if mine:
+                    yield from _product(op, operation, mine.bias, mine.preload)
+                else:
+                    yield from _fed(op, operation, claimed, named)
             else:
                 yield f"{op.name}: said to be outside, but its weights and codes are known"
         elif isinstance(operation, Unproven) and op.verdict != "unproven":
@@ -68,16 +77,25 @@ def _starts(mine: Carried, product: Product) -> tuple[int, ...]:
     return bias if any(bias) else ()
 
 
-def _fed(op: Operation, product: Product, target: str, bias_is: str, preload: tuple[int, ...]) -> Iterator[str]:
-    """One operation, with the codes that the runtime of the target feeds to it."""
-    if target == "onnxruntime-avx2":
-        feed = onnxruntime_feed(product)
-        if op.raw != (feed is not None):
-            yield f"{op.name}: its kernel adds {'stored codes in pairs' if feed else 'in int32'}"
+def _fed(op: Operation, product: Product, claimed: Certificate, named: Target | None) -> Iterator[str]:
+    """One operation, with the codes that the runtime of the target feeds to it, in the register that its name means."""
+    assert op.target is not None
+    if named is not None:
+        register, raw = named.accumulator, named.raw
+        if named.only:
+            feed = onnxruntime_feed(product)
+            if op.raw != (feed is not None):
+                yield f"{op.name}: its kernel adds {'stored codes in pairs' if feed else 'in int32'}"
+                return
+            register, raw = Accumulator(register.outer_bits), False
+            if feed is not None:
+                register, raw = replace(named.accumulator, order=feed.order), True
+                product = replace(product, codes=feed.codes, zero_range=feed.zero_range)
+        own_width = {"bits": op.target.bits} if OTHER_WIDTHS in claimed.target else {}
+        if (asdict(op.target), op.raw) != (asdict(register) | own_width, raw):
+            yield f"{op.name}: its register is not that of target {claimed.target}"
             return
-        if feed is not None:
-            product = replace(product, codes=feed.codes, zero_range=feed.zero_range)
-    yield from _product(op, product, bias_is, preload)
+    yield from _product(op, product, claimed.bias, ())
 
 
 def _product(op: Operation, product: Product, bias_is: str, preload: tuple[int, ...]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from accaware.onnx.read import Product
 
 __all__ = ["TARGETS", "Target", "target"]
 
+OTHER_WIDTHS = " with "  # in a certificate, between a target's name and the widths, by pattern, that are not its own
 Bias = Literal["inside", "outside"]
 Runtime = Literal["", "onnxruntime"]
 
@@ -241,5 +242,8 @@ def target(name: str) -> Target:
     if name in TARGETS:
         return TARGETS[name]
     if name.endswith(".json"):
-        return Target.load(name)
+        own = Target.load(name)
+        if own.name.partition(OTHER_WIDTHS)[0] in TARGETS and own != TARGETS.get(own.name):
+            raise ValueError(f"{name}: {own.name!r} is the name of another target; see `accaware targets`")
+        return own
     raise ValueError(f"unknown target {name!r}; known are {', '.join(TARGETS)}, or give a JSON file of your own")

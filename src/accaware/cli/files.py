@@ -237,8 +237,10 @@ def _register(
         return target(name), patterns
     if plain is None and all(option is None for option in (tile, outer_bits, overflow)):
         return TARGETS["file"], patterns
+    if tile is None and outer_bits is not None:
+        raise ValueError("--outer-bits is the register that tiles spill to: it needs --tile")
     given: dict[str, Any] = {"bits": plain, "tile": tile, "outer_bits": outer_bits, "overflow": overflow}
     base = TARGETS["int32"]
     register = replace(base.accumulator, **{k: v for k, v in given.items() if v is not None})
-    tiles = f"-tile{tile}" if tile else ""
-    return replace(base, name=f"int{register.bits}{tiles}", accumulator=register), patterns
+    name = f"int{register.bits}{f'-tile{tile}' if tile else ''}{'-saturate' if overflow == 'saturate' else ''}"
+    return replace(base, name=name, accumulator=register), patterns
