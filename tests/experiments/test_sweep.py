@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import accaware
@@ -220,6 +222,36 @@ def test_a_complete_sweep_starts_nothing(options: list[str], capsys: pytest.Capt
     assert message in fails([*words, "--lr", "0.5"], capsys)
     assert "a run of a sweep is one process" in fails([*words, "--devices", "2"], capsys)
     assert "quantize must be true" in fails([*words, "--no-quantize"], capsys)
+
+
+def test_a_checkpoint_that_changed_makes_another_run(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    import tiny_nets
+
+    torch.save(tiny_nets.net().state_dict(), "w.pt")
+    options += ["--epochs", "0.2"]
+    assert run(["train", *options, "--checkpoint", "w.pt", "--seed", "1", "--out", "sweep/seed=1"]) == 0
+    kept = RunFolder(Path("sweep/seed=1")).settings().checkpoint_sha256
+    assert kept == hashlib.sha256(Path("w.pt").read_bytes()).hexdigest()
+    assert "sha256" not in Path("sweep/seed=1/config.yaml").read_text().splitlines()[1]
+    Path("w.pt").rename("moved.pt")
+    resume = ["train", "--resume", "--out", "sweep/seed=1"]
+    sweep = ["sweep", *options, "--grid", "seed=1", "--out", "sweep", "--address", "127.0.0.1:1", "--checkpoint"]
+    assert run(resume) == run([*resume, "--checkpoint", "moved.pt"]) == run([*sweep, "moved.pt"]) == 0
+    torch.save(tiny_nets.net().state_dict(), "moved.pt")
+    now = hashlib.sha256(Path("moved.pt").read_bytes()).hexdigest()
+    message = "run folder sweep/seed=1 was made with another --checkpoint than moved.pt: "
+    message += f"sha256 {kept[:16]}..., not {now[:16]}..."
+    assert message in fails([*sweep, "moved.pt"], capsys)
+    assert message in fails([*resume, "--checkpoint", "moved.pt"], capsys)
+    assert "checkpoint w.pt does not exist" in fails([*sweep, "w.pt"], capsys)
+    result, config = Path("sweep/seed=1/result.json"), Path("sweep/seed=1/config.yaml")
+    result.rename("result.json")
+    Path("moved.pt").rename("w.pt")
+    assert message.replace("moved.pt", "w.pt") in fails(resume, capsys)
+    Path("result.json").rename(result)
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join(line for line in lines if "sha256" not in line))  # a folder from before
+    assert run([*sweep, "w.pt"]) == 0
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:

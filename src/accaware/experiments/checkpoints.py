@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,6 +11,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+
+def fingerprint(path: str | Path | None) -> str | None:
+    """The SHA-256 of a file, None for none. Raises `ValueError` where it is missing."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

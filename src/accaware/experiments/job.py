@@ -19,10 +19,10 @@ from accaware.certify.certificate import Certificate
 from accaware.certify.model import certify
 from accaware.experiments import models, runs
 from accaware.experiments.batches import EvalBatches, calibration_images
-from accaware.experiments.checkpoints import load_weights
+from accaware.experiments.checkpoints import fingerprint, load_weights
 from accaware.experiments.data import Dataset, load
 from accaware.experiments.images import NORMALIZATIONS, Images
-from accaware.experiments.settings import Settings, check_same
+from accaware.experiments.settings import CHECKPOINT_SHA256, Settings, check_same
 from accaware.experiments.tasks import Task
 from accaware.experiments.training import Network, Plan, evaluate, fit, train_batches
 
@@ -62,7 +62,7 @@ def train(settings: Settings, console: Console) -> dict[str, Any]:
     run = runs.RunFolder(Path(settings.out))
     if first_process():
         run.require_new()
-    return _train(run, settings, console, resume=False)
+    return _train(run, _with_fingerprint(settings), console, resume=False)
 
 
 def resume(folder: Path, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -72,6 +72,9 @@ def resume(folder: Path, given: Mapping[str, Any], console: Console) -> dict[str
     """
     run = runs.RunFolder(folder)
     settings = run.settings()
+    if CHECKPOINT_SHA256 not in given and ("checkpoint" in given or not run.complete):
+        checkpoint = given.get("checkpoint", settings.checkpoint)
+        given = {**given, "checkpoint": checkpoint, CHECKPOINT_SHA256: fingerprint(checkpoint)}
     check_same(settings, given, folder)
     if run.complete:
         console.print(f"{folder} is complete", highlight=False, markup=False)
@@ -107,12 +110,17 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
     run = runs.RunFolder(Path(settings.out))
     run.require_new()
     _require_trained(settings, "ptq")
+    settings = _with_fingerprint(settings)
     job = _prepare(settings)
     float_score = _float_score(job, console)
     if settings.algorithm == "budgeted":
         _reconstruct(job)
     run.create(settings)
     return _finish(job, run, float_score, time.monotonic() - job.started, console)
+
+
+def _with_fingerprint(settings: Settings) -> Settings:
+    return replace(settings, checkpoint_sha256=fingerprint(settings.checkpoint))
 
 
 def _require_trained(settings: Settings, what: str) -> None:
@@ -146,8 +154,6 @@ def _prepare(settings: Settings) -> Job:
     started = time.monotonic()
     device = find_device(settings.device)
     folder = None if settings.data_dir is None else Path(settings.data_dir)
-    if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
-        raise ValueError(f"checkpoint {settings.checkpoint} does not exist")  # before minutes of reading data
     data = load(
         settings.data,
         folder,

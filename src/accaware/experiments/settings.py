@@ -14,8 +14,11 @@ from accaware.formats import Method, Overflow, Preload, Spec
 
 Init = Literal["search", "ep", "none", "ptq"]
 
+#: No option, but what `--checkpoint` held when the run was made.
+CHECKPOINT_SHA256 = "checkpoint_sha256"
 #: May differ when a run is resumed: where it computes, not what.
 FREE_ON_RESUME = {"device", "devices", "num_nodes", "checkpoint_every", "data_dir", "checkpoint", "out"}
+FREE_ON_RESUME |= {CHECKPOINT_SHA256}
 TRAIN_ONLY = {
     *("quantize", "epochs", "lr", "schedule", "optimizer", "momentum", "batch_size", "weight_decay", "warmup"),
     *("scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
@@ -43,6 +46,7 @@ class Settings:
     model: str = "resnet20"
     width: float = 1.0
     checkpoint: str | None = None
+    checkpoint_sha256: str | None = None
     quantize: bool = True
     method: Method = "projected"
     depthwise_method: Method | None = None
@@ -165,7 +169,7 @@ class Settings:
         words = ["accaware", self.command]
         defaults = {f.name: f.default for f in fields(self)}
         for name, value in self.to_dict().items():
-            if name == "command" or _plain(value) == _plain(defaults[name]):
+            if name in ("command", CHECKPOINT_SHA256) or _plain(value) == _plain(defaults[name]):
                 continue
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
@@ -217,7 +221,9 @@ def read_recipe(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"recipe {file} cannot be read: {' '.join(str(error).split())}") from error
     try:
-        return {name: value for name, value in typed(values).items() if name not in ("command", "out")}
+        return {
+            name: value for name, value in typed(values).items() if name not in ("command", "out", CHECKPOINT_SHA256)
+        }
     except ValueError as error:
         raise ValueError(f"recipe {file}: {error}") from error
 
@@ -274,11 +280,20 @@ def _types() -> dict[str, Any]:
 
 
 def check_same(kept: Settings, given: Mapping[str, Any], folder: Path) -> None:
-    """Raise `ValueError` where an option `given` on the command line contradicts the run that is resumed."""
+    """Raise `ValueError` where an option `given` on the command line contradicts the run that is resumed.
+
+    A checkpoint may lie elsewhere, but must hold what it held (where the run recorded that).
+    """
     for name, value in given.items():
         if name not in FREE_ON_RESUME and _plain(value) != _plain(getattr(kept, name)):
             option = name.replace("_", "-")
             raise ValueError(f"run folder {folder} was made with --{option} {getattr(kept, name)}, not {value}")
+    then, now = kept.checkpoint_sha256, given.get(CHECKPOINT_SHA256)
+    if then and now and then != now:
+        raise ValueError(
+            f"run folder {folder} was made with another --checkpoint than {given['checkpoint']}: "
+            f"sha256 {then[:16]}..., not {now[:16]}..."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -50,7 +50,13 @@ def sweep(
         raise ValueError("a run of a sweep is one process: --devices and --num-nodes must be 1")
     if not all(settings.quantize for settings in points.values()):
         raise ValueError("a sweep compares accumulators, and a float network has none: quantize must be true")
-    points = {name: replace(settings, out=str(folder / name)) for name, settings in points.items()}
+    from accaware.experiments.checkpoints import fingerprint
+
+    hashes = {file: fingerprint(file) for file in {settings.checkpoint for settings in points.values()}}
+    points = {
+        name: replace(settings, out=str(folder / name), checkpoint_sha256=hashes[settings.checkpoint])
+        for name, settings in points.items()
+    }
     todo = {name: settings for name, settings in points.items() if not _complete(Path(settings.out), settings)}
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(points)} points, {len(points) - len(todo)} complete: {folder}", highlight=False, markup=False)
