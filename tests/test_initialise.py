@@ -132,6 +132,52 @@ def test_a_residual_network_keeps_its_function():
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
 
 
+TOKENS = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(4)).abs()
+
+
+def scattered(*layers):
+    """Layers in evaluation mode whose rows and statistics differ widely."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.BatchNorm1d):
+                for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                    tensor.uniform_(0.1, 3)
+            elif isinstance(layer, nn.Linear):
+                layer.weight *= torch.exp(2 * torch.randn(layer.out_features, 1))
+    return model
+
+
+@pytest.mark.parametrize("outputs", [5, 8])
+def test_linear_layers_of_tokens_are_balanced_feature_by_feature(outputs):
+    """With as many features as tokens no mistake would show itself by a shape."""
+    model = scattered(nn.Linear(3, outputs), nn.ReLU(), nn.Linear(outputs, 2))
+    wanted = model(TOKENS)
+    assert aa.equalize(model) == 1
+    torch.testing.assert_close(model(TOKENS), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[0].weight.abs().amax(1), model[2].weight.abs().amax(0), rtol=5e-3, atol=0)
+
+
+def test_a_batchnorm_after_a_linear_layer_is_balanced():
+    model = scattered(nn.Linear(3, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    x = TOKENS[:, 0]
+    wanted = model(x)
+    assert aa.equalize(model) == 1
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    r1 = model[0].weight.abs().amax(1) * model[1].weight / (model[1].running_var + model[1].eps).sqrt()
+    torch.testing.assert_close(r1, model[3].weight.abs().amax(0), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_batchnorm_over_tokens_makes_no_pair(tokens):
+    model = scattered(nn.Linear(3, 8), nn.BatchNorm1d(tokens), nn.ReLU(), nn.Linear(8, 2))
+    x = TOKENS[:, :tokens]
+    wanted = model(x)
+    assert aa.equalize(model) == 0
+    assert torch.equal(model(x), wanted)
+
+
 def test_equalizing_comes_first():
     model = chain()
     aa.prepare_(model, Spec(acc_bits=16), sample=X)
@@ -154,11 +200,11 @@ def test_a_model_that_cannot_be_traced_is_named():
 # Bias correction -------------------------------------------------------------------------------------------------
 
 
-def corrected(reference, spec=None, **options):
+def corrected(reference, spec=None, x=X, **options):
     model = copy.deepcopy(reference)
-    aa.prepare_(model, spec or Spec(3, 3, 16), sample=X)
-    aa.calibrate(model, [X], **options)
-    aa.bias_correct(model, reference, X.split(2))
+    aa.prepare_(model, spec or Spec(3, 3, 16), sample=x)
+    aa.calibrate(model, [x], **options)
+    aa.bias_correct(model, reference, x.split(2))
     return model
 
 
@@ -192,6 +238,29 @@ def test_a_layer_with_nowhere_to_put_it_is_named():
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="^0 has neither a bias nor a batch-norm"):
         corrected(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+
+
+def test_linear_layers_of_tokens_are_corrected_feature_by_feature():
+    float_model = scattered(nn.Linear(3, 5))
+    model = corrected(float_model, x=TOKENS).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).mean((0, 1)), float_model(TOKENS).mean((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batchnorm_after_a_linear_layer_takes_its_error():
+    float_model = scattered(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5))
+    x = TOKENS[:, 0]
+    model = corrected(float_model, x=x).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).mean(0), float_model(x).mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [5, 8])
+def test_a_batchnorm_over_tokens_takes_none(features):
+    float_model = scattered(nn.Linear(3, features, bias=False), nn.BatchNorm1d(5))
+    with pytest.warns(UserWarning, match="^0 has neither a bias nor a batch-norm"):
+        model = corrected(float_model, x=TOKENS)
+    assert torch.equal(model[1].running_mean, float_model[1].running_mean)
 
 
 def test_bias_correction_says_what_it_needs():

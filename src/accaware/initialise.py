@@ -52,7 +52,8 @@ def equalize(model: nn.Module) -> int:
     Where a layer's output reaches only one other layer, through batch-norm, ReLU, pooling and the like, channel i of
     the first is divided by s_i and the inputs of the second that read it are multiplied by s_i, so that the largest
     weights of both agree: s_i = sqrt(r1_i / r2_i) for ranges r1, r2 (of the weights with batch-norm folded in).
-    Where there is a batch-norm its weight and bias are divided, not the layer. Depthwise layers take part too.
+    Where there is a batch-norm its weight and bias are divided, not the layer. Depthwise layers take part too. A
+    batch-norm after a linear layer is taken to be over its features, which needs two-dimensional outputs.
 
     model: float, or prepared and not yet calibrated. Returns the number of pairs. Raises `ValueError` where the model
     cannot be traced (`torch.fx`) or is calibrated already.
@@ -132,7 +133,7 @@ def _pairs(model: nn.Module) -> Iterator[_Pair]:
             module = modules.get(str(node.target)) if node.op == "call_module" else None
             if module is not None and called.count(id(module)) > 1 and not _stateless(module):
                 break
-            if isinstance(module, _BatchNorm) and norm is None and not moved and _adjustable(module):
+            if isinstance(module, _BatchNorm) and norm is None and not moved and _adjustable(module, first):
                 norm = module
             elif isinstance(module, Layer):
                 if isinstance(module, nn.Linear) == isinstance(first, nn.Linear):
@@ -148,8 +149,12 @@ def _stateless(module: nn.Module) -> bool:
     return not any(True for _ in module.parameters())
 
 
-def _adjustable(norm: _BatchNorm) -> bool:
-    return norm.affine and norm.running_var is not None
+def _adjustable(norm: _BatchNorm, layer: Layer) -> bool:
+    return norm.affine and norm.running_var is not None and norm.num_features == _outputs(layer)
+
+
+def _outputs(layer: nn.Module) -> int | None:
+    return getattr(layer, "out_features", getattr(layer, "out_channels", None))
 
 
 @torch.no_grad()
@@ -158,8 +163,8 @@ def bias_correct(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
 
     The error is that of the layer alone: its output for the inputs that it has in the float network, less the float
     output, averaged over all images and positions. It goes into the layer's bias, or into the running mean of the
-    batch-norm that follows; a layer with neither is left alone, with a warning. In training mode batch-norm itself does
-    what the latter does.
+    batch-norm that follows (over the layer's channels: after [batch, tokens, features] it is over tokens); a layer with
+    neither is left alone, with a warning. In training mode batch-norm itself does what the latter does.
 
     model: prepared and calibrated. reference: the float network that it was made from, with the same names of layers.
     batches: model inputs, or tuples that start with one. Raises `ValueError` for a model that is not calibrated, layers
@@ -189,7 +194,7 @@ def bias_correct(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
     )
     for name, layer in layers.items():
         mean = errors[name].mean().to(layer.weight.dtype)
-        norm = following.get(id(layer))
+        norm = following.get(id(layer)) if errors[name].flat else None
         if layer.bias is not None:
             layer.bias.sub_(mean)
         elif norm is not None:
@@ -204,12 +209,14 @@ class _MeanError:
 
     def __init__(self, layer: QuantLayer) -> None:
         self.layer, self.total, self.count = layer, torch.zeros((), dtype=torch.float64), 0
+        self.flat = True  # whether a batch-norm would find the channels where they are
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         error = (self.layer(*args, **kwargs) - out).double()
         # Channels come last for linear layers; without a batch axis they come first for convolutions.
         channel = -1 if isinstance(module, nn.Linear) else -self.layer.weight.dim() + 1
-        error = error.movedim(channel, -1).flatten(0, -2)
+        self.flat = self.flat and (channel != -1 or out.dim() == 2)
+        error = error.movedim(channel, -1).reshape(-1, out.shape[channel])
         self.total = self.total.to(error.device) + error.sum(0)
         self.count += len(error)
 
@@ -218,11 +225,12 @@ class _MeanError:
 
 
 def norms(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:
-    """Layers and the batch-norm that alone reads what they give."""
+    """Layers and the batch-norm of as many channels that alone reads what they give."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for node in _graph(model).nodes:
         if node.op == "call_module" and len(node.users) == 1:
             reader = next(iter(node.users))
             norm = modules.get(str(reader.target)) if reader.op == "call_module" else None
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-                yield modules[str(node.target)], norm
+            layer = modules[str(node.target)]
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.num_features == _outputs(layer):
+                yield layer, norm

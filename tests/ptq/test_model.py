@@ -134,6 +134,17 @@ def test_the_moments_are_those_of_the_layer(kind, shape, options):
     torch.testing.assert_close(moments.power, power, rtol=1e-4, atol=1e-4)
 
 
+def test_a_batchnorm_over_tokens_is_left_alone():
+    """It has as many channels as there are tokens, not outputs of the layer."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(3, 8, bias=False), nn.BatchNorm1d(5)).eval()
+    model, x = copy.deepcopy(reference), torch.randn(6, 5, 3)
+    aa.prepare_(model, aa.Spec(acc_bits=9), x)
+    aa.calibrate(model, [x])
+    aa.reconstruct(model, reference, [x])
+    assert all(torch.equal(model[1].state_dict()[name], t) for name, t in reference[1].state_dict().items())
+
+
 def test_what_cannot_be_reconstructed_is_refused():
     model, reference = prepared()
     with pytest.raises(ValueError, match="reconstruct needs at least one batch"):
