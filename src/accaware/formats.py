@@ -6,6 +6,7 @@ the library never meets an impossible format.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -23,9 +24,9 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in [{low}, {high}], not {value}")
 
 
-def _one_of(name: str, value: Any, allowed: Any) -> None:
-    if value not in get_args(allowed):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {value!r}")
+def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +115,9 @@ class Accumulator:
             _integer("tile", self.tile, 1, 2**31)
             if self.outer_bits < self.bits:
                 raise ValueError(f"outer_bits must be at least acc_bits={self.bits}, not {self.outer_bits}")
-        _one_of("overflow", self.overflow, Overflow)
-        _one_of("preload", self.preload, Preload)
-        _one_of("order", self.order, Order)
+        _one_of("overflow", self.overflow, get_args(Overflow))
+        _one_of("preload", self.preload, get_args(Preload))
+        _one_of("order", self.order, get_args(Order))
 
     @property
     def lo(self) -> int:
@@ -158,10 +159,10 @@ class Spec:
         _integer("weight_bits", self.weight_bits, 2, 8)
         _integer("act_bits", self.act_bits, 1, 8)
         _integer("acc_bits", self.acc_bits, 2, 32)
-        _one_of("method", self.method, Method)
-        _one_of("order", self.order, TapOrder)
+        _one_of("method", self.method, get_args(Method))
+        _one_of("order", self.order, get_args(TapOrder))
         if self.depthwise_method is not None:
-            _one_of("depthwise_method", self.depthwise_method, Method)
+            _one_of("depthwise_method", self.depthwise_method, get_args(Method))
         for method in (self.method, self.depthwise_method or self.method):
             if self.preload == "free" and method != "projected":
                 raise ValueError(f"preload 'free' needs method 'projected', not {method!r}")

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from accaware.experiments.images import first_line
+
 
 def fingerprint(path: str | Path | None) -> str | None:
     """The SHA-256 of a file, None for none. Raises `ValueError` where it is missing."""
@@ -32,9 +34,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint {path} is damaged or no state dict: {_first_line(error)}") from error
+        raise ValueError(f"checkpoint {path} is damaged or no state dict: {first_line(error)}") from error
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"checkpoint {path} holds no state dict of tensors")
@@ -56,7 +58,3 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if extra := sorted(set(state) - set(own)):
         raise ValueError(f"checkpoint {path} holds {extra[0]}, which the model does not have")
     model.load_state_dict(state, strict=False)  # batch counters may be missing, nothing else can be
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -103,7 +103,7 @@ def require_folder(folder: Path) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in short."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # cache ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from accaware.experiments import models, runs
 from accaware.experiments.batches import EvalBatches, calibration_images
 from accaware.experiments.checkpoints import fingerprint, load_weights
 from accaware.experiments.data import Dataset, load
-from accaware.experiments.images import NORMALIZATIONS, Images
+from accaware.experiments.images import NORMALIZATIONS, Images, first_line
 from accaware.experiments.settings import CHECKPOINT_SHA256, Settings, check_same
 from accaware.experiments.tasks import Task
 from accaware.experiments.training import Network, Plan, evaluate, fit, train_batches
@@ -295,7 +295,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 

@@ -90,9 +90,13 @@ class RunFolder:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The processor, its cores that this process may use, the threads of torch, and the GPU if the run uses one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": _processor(), "cores": cores, "threads": torch.get_num_threads(), "gpu": gpu}
+    return {"cpu": _processor(), "cores": cores(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from accaware.formats import Method, Overflow, Preload, Spec
+from accaware.formats import Method, Overflow, Preload, Spec, _one_of
 
 Init = Literal["search", "ep", "none", "ptq"]
 
@@ -32,7 +32,8 @@ class Settings:
 
     `acc_bits`: "12", or "PATTERN=32" for the layers whose name matches. `keep`: "PATTERN=8" or "PATTERN=float";
     empty means what a built-in model says (first and last layer at 8 bits). `quantize`: False trains the float network.
-    `schedule`: see `Schedule`. Raises `ValueError` on construction where a value is out of its range.
+    `init`: as in `accaware.calibrate`; "ptq" starts training from `accaware.reconstruct`. `schedule`: see `Schedule`.
+    Raises `ValueError` on construction where a value is out of its range.
     """
 
     command: str = "train"
@@ -298,11 +299,6 @@ def check_same(kept: Settings, given: Mapping[str, Any], folder: Path) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def _at_least(name: str, value: float, low: float) -> None:
