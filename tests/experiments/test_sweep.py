@@ -255,9 +255,10 @@ def test_a_checkpoint_that_changed_makes_another_run(options: list[str], capsys:
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
-    with _locked(tmp_path / "run"), pytest.raises(BlockingIOError), (tmp_path / "run" / "console.txt").open() as other:
+    """By a lock of the system, which ends with the process."""
+    with _locked(tmp_path / "run"), pytest.raises(BlockingIOError), (tmp_path / "run" / "console.lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with (tmp_path / "run" / "console.txt").open() as other:
+    with (tmp_path / "run" / "console.lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

@@ -7,7 +7,6 @@ of its run while it trains, so that no other one, not even an orphan of a killed
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import platform
@@ -18,13 +17,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from accaware.experiments.checkpoints import fingerprint
+from accaware.experiments.images import first_line
 from accaware.experiments.results import read_runs, write_index
+from accaware.experiments.runs import RunFolder, cores
 from accaware.experiments.settings import Settings, check_same
 
-CONSOLE = "console.txt"
+CONSOLE, LOCK = "console.txt", "console.lock"
 OBJECTS = 80 * 2**20  # bytes of Ray's object store: nothing large is passed
 
 
@@ -50,8 +53,6 @@ def sweep(
         raise ValueError("a run of a sweep is one process: --devices and --num-nodes must be 1")
     if not all(settings.quantize for settings in points.values()):
         raise ValueError("a sweep compares accumulators, and a float network has none: quantize must be true")
-    from accaware.experiments.checkpoints import fingerprint
-
     hashes = {file: fingerprint(file) for file in {settings.checkpoint for settings in points.values()}}
     points = {
         name: replace(settings, out=str(folder / name), checkpoint_sha256=hashes[settings.checkpoint])
@@ -76,8 +77,6 @@ def sweep(
 
 def _complete(folder: Path, settings: Settings) -> bool:
     """Whether that run has its result. Raises `ValueError` where anything was computed there with other settings."""
-    from accaware.experiments.runs import RunFolder
-
     run = RunFolder(folder)
     if run.complete or run.last_checkpoint():
         check_same(run.settings(), asdict(settings), folder)
@@ -96,20 +95,15 @@ def _ray(address: str | None, workers: int | None) -> Iterator[Any]:
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:  # "local" starts a cluster even where the environment names another one
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECTS}
-        options["num_cpus"] = max(_cores(), workers or 1)
+        options["num_cpus"] = max(cores(), workers or 1)
     try:
         ray.init(**options)
     except ConnectionError as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"no Ray cluster answers at {address!r} (see docs/sweeps.md): {why}") from error
+        raise ValueError(f"no Ray cluster answers at {address!r} (see docs/sweeps.md): {first_line(error)}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shares(
@@ -156,7 +150,6 @@ def _train(cwd: str, settings: Settings, threads: int) -> str | None:
     import torch
 
     from accaware.experiments import job
-    from accaware.experiments.runs import RunFolder
 
     os.chdir(cwd)
     torch.set_num_threads(threads)
@@ -186,8 +179,7 @@ def _node() -> str:
 def _locked(folder: Path) -> Iterator[IO[str]]:
     """What the run says, a file that only one process has at a time; the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / CONSOLE).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released with the process, however it ends
+    with FileLock(folder / LOCK), (folder / CONSOLE).open("a") as file:  # released with the process, however it ends
         yield file
 
 
