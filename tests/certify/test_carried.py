@@ -92,6 +92,22 @@ def test_what_the_register_assumes_is_checked(tmp_path, name) -> None:
         assert found.startswith(line)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_product_of_floats_is_outside_where_the_file_says_so(tmp_path, inside) -> None:
+    made = model(
+        [node("MatMul", "x f", "y", "float")], {"x": [1, 2]}, {"y": [1, 2]}, {"f": np.ones((2, 2), np.float32)}
+    )
+    operations = {"float": {"register": {"bits": 32}, "preload": [], "inside": inside}}
+    helper.set_model_props(made, {KEY: json.dumps({"schema": 1, "operations": operations})})
+    path = save(made, tmp_path)
+    certificate = certify_file(path)
+    (op,) = certificate.operations
+    assert (op.verdict, op.note or op.reason) == ("unproven" if inside else "outside", "its weights 'f' are floats")
+    assert disagreements(certificate, path) == []
+    forged = replace(certificate, operations=(Operation("float", "MatMul", "outside"),))
+    assert bool(disagreements(forged, path)) == inside
+
+
 def test_start_values_of_zero_are_none(tmp_path) -> None:
     path = file(tmp_path, preload=[0], bits=16)
     certificate = certify_file(path)

@@ -132,6 +132,32 @@ def test_every_width_is_read_back(bits, captured_once, tmp_path) -> None:
             assert (product.codes.lo, product.codes.hi) == (0, 2**bits - 1)
 
 
+def test_layers_kept_in_floats_are_outside_the_request_of_the_file(tmp_path) -> None:
+    """Of which the exporter folds a batch-norm into one and transposes the weights of another, which runs twice."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3, bias=False), nn.BatchNorm1d(4)
+            self.c, self.d = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.norm(self.b(torch.relu(self.a(x))))
+            return self.d(torch.relu(self.c(torch.relu(self.c(x)))))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(4, 3, 12)
+    aa.prepare_(model, aa.Spec(acc_bits=12), x, keep={"b": "float", "c": "float"})
+    aa.calibrate(model, [x])
+    aa.export(model, tmp_path / "net.onnx", sample=x)
+    certificate = certify_file(tmp_path / "net.onnx")
+    assert [(op.name, op.verdict) for op in certificate.operations] == [
+        *(("a", "proven"), ("b", "outside"), ("c", "outside"), ("c#2", "outside"), ("d", "proven"))
+    ]
+    assert disagreements(certificate, tmp_path / "net.onnx") == []
+    assert {op.name for op in aa.certify(model).operations if op.verdict == "outside"} == {"b", "c"}
+
+
 def tampered(path, change):
     """The file with other metadata."""
     model = onnx.load(path)

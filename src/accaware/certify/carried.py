@@ -51,8 +51,10 @@ class Carried(Target):
         return replace(layer, preload=np.array(self.preload, object).reshape(shape))
 
 
-def metadata(layers: Mapping[str, IntegerLayer], certificate: Certificate) -> str:
-    """What a file carries. layers: by the names of their operations in the file."""
+def metadata(layers: Mapping[str, IntegerLayer], certificate: Certificate, floats: Iterable[str] = ()) -> str:
+    """What a file carries. layers: by the names of their operations in the file. floats: operations without integers,
+    which nobody asked for.
+    """
     operations = {
         name: {
             "register": asdict(replace(layer.accumulator, preload="none")),
@@ -61,6 +63,8 @@ def metadata(layers: Mapping[str, IntegerLayer], certificate: Certificate) -> st
         }
         for name, layer in layers.items()
     }
+    register = asdict(Accumulator(32))  # of none
+    operations |= {name: {"register": register, "preload": [], "inside": False} for name in floats}
     return json.dumps({"schema": SCHEMA, "operations": operations, "certificate": json.loads(certificate.to_json())})
 
 

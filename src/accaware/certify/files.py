@@ -63,7 +63,8 @@ def file_layers(
 
 
 def targets_of(network: Network, target: Target, acc_bits: Mapping[str, int]) -> dict[str, Target]:
-    """The target of every product by its name; "file" stands for what the file carries, and "int32" where it does not.
+    """The target of every product by its name; "file" stands for what the file carries (of other operations too), and
+    "int32" where it does not.
 
     Raises `ValueError` for a pattern that matches none, or one whose register the file says, and for metadata that are
     damaged or about other operations.
@@ -77,7 +78,7 @@ def targets_of(network: Network, target: Target, acc_bits: Mapping[str, int]) ->
                 f"the file carries a register for {gone[0]!r}, an operation that it does not have; say which "
                 "register, with --acc-bits or --target"
             )
-        targets = {name: own.get(name, TARGETS["int32"]) for name in names}
+        targets = {**dict.fromkeys(names, TARGETS["int32"]), **own}
     for pattern, bits in acc_bits.items():
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
@@ -99,7 +100,11 @@ def _operations(network: Network, targets: Mapping[str, Target]) -> Iterator[Ope
             except ValueError as error:
                 yield Operation(operation.name, operation.kind, "unproven", reason=str(error))
         elif isinstance(operation, Unproven):
-            yield Operation(operation.name, operation.kind, "unproven", reason=operation.reason)
+            mine = targets.get(operation.name)
+            if isinstance(mine, Carried) and not mine.inside:
+                yield outside(operation.name, operation.kind, None, operation.reason)
+            else:
+                yield Operation(operation.name, operation.kind, "unproven", reason=operation.reason)
         else:
             yield _sum(operation)
 

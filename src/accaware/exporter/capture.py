@@ -6,8 +6,10 @@ inputs and attributes `accaware.integer.network` states; `accaware.exporter.dial
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +18,18 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
+from accaware.layers import LAYERS
+
 __all__ = ["capture"]
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def capture(network: nn.Module, sample: Tensor | tuple[Any, ...], opset: int) -> ModelProto:
     """The graph of `network` for inputs like `sample`, with any number of rows, in version `opset` of ONNX.
 
-    Inputs are called "input", "input_1" and so on, the first output "output". Raises `ValueError`, one line, for what
+    Inputs are called "input", "input_1" and so on, the first output "output"; the product of a float layer is called as
+    the layer is ("NAME#2" and so on where that runs again). Raises `ValueError`, one line, for what
     PyTorch's exporter cannot write.
     """
     args = sample if isinstance(sample, tuple) else (sample,)
@@ -46,6 +53,7 @@ def capture(network: nn.Module, sample: Tensor | tuple[Any, ...], opset: int) ->
         raise ValueError(f"PyTorch cannot write {type(network).__name__} as ONNX: {_cause(error)}") from error
     assert program is not None
     model: ModelProto = ModelProto.FromString(program.model_proto.SerializeToString())
+    _name_products(model, {name for name, module in network.named_modules() if type(module) in LAYERS})
     _clean(model)
     return model
 
@@ -69,6 +77,17 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _name_products(model: ModelProto, layers: set[str]) -> None:
+    seen = Counter[str]()
+    for node in model.graph.node:
+        if node.op_type in _PRODUCTS:
+            scopes = [p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"] or ["[]"]
+            # a convolution that a batch-norm was folded into has the scope of the latter
+            for name in layers & {*ast.literal_eval(scopes[0]), node.input[1].removesuffix(".weight")}:
+                seen[name] += 1
+                node.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
 
 
 def _clean(model: ModelProto) -> None:

@@ -20,6 +20,7 @@ from accaware.exporter.dialects import DIALECTS, write_dialect
 from accaware.files import write_whole
 from accaware.integer.layer import IntegerLayer
 from accaware.integer.network import IntegerOp, integer_network
+from accaware.layers import LAYERS
 
 __all__ = ["export"]
 
@@ -31,8 +32,8 @@ def export(
 
     dialect: "qdq", "qcdq", "qonnx" or "qoperator". sample: an input of the model (or the tuple of its arguments), for
     the shapes; the first dimension may have any size. The file's metadata say of every operation which accumulator it
-    was made for and what it starts from (`accaware.certify.carried`); `certify_file` judges it by these. What stays in
-    floats (layers kept so, attention products) is unproven there: nothing in the file says that it is not asked for.
+    was made for and what it starts from (`accaware.certify.carried`), and that layers kept in floats are outside the
+    request; `certify_file` judges it by these. Other products of floats (attention) are unproven there.
 
     Raises `OSError`, or `ValueError`, one line that names the layer where one is the reason, for what the dialect or
     PyTorch's exporter cannot write. Then nothing is written.
@@ -48,7 +49,9 @@ def export(
     graph = capture(network, sample, words.opset)
     written = write_dialect(graph, words)
     carried = {name: layers[layer] for name, layer in written.items()}
-    onnx.helper.set_model_props(graph, {KEY: metadata(carried, certificate)})
+    floats = {name for name, module in network.named_modules() if type(module) in LAYERS}
+    outside = [node.name for node in graph.graph.node if node.name.partition("#")[0] in floats]
+    onnx.helper.set_model_props(graph, {KEY: metadata(carried, certificate, outside)})
     contents = graph.SerializeToString()
     again = _read_back(contents, carried)
     write_whole(path, contents)
