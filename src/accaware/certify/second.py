@@ -63,11 +63,10 @@ def _all(claimed: Certificate, network: Network, own: Mapping[str, Carried], nam
                     yield from _fed(op, operation, claimed, named)
             else:
                 yield f"{op.name}: said to be outside, but its weights and codes are known"
-        elif isinstance(operation, Unproven) and op.verdict != "unproven":
-            mine = own.get(op.name)
-            if mine and not mine.inside and op.verdict == "outside":
-                continue
-            yield f"{op.name}: said to be {op.verdict}, but {operation.reason}"
+        elif isinstance(operation, Unproven):
+            kept = op.name in own and not own[op.name].inside
+            if op.verdict != "unproven" and not (kept and op.verdict == "outside"):
+                yield f"{op.name}: said to be {op.verdict}, but {operation.reason}"
         elif not isinstance(operation, Unproven) and op.verdict != "outside":
             yield f"{op.name}: said to be {op.verdict}, but it multiplies by no weights"
 
