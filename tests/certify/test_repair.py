@@ -344,7 +344,7 @@ def test_weights_behind_moves_go_back_to_their_tensor(tmp_path) -> None:
     made = model(nodes, {"x": (TensorProto.UINT8, ["n", 16])}, {"y": ["n", 3]}, constants)
     path = save(made, tmp_path)
     feeds = {"x": np.random.default_rng(1).integers(0, 256, (5, 16), np.uint8)}
-    _, names = repaired(path, Target("int16", Accumulator(16)), 0.1, feeds)
+    _, names = repaired(path, TARGETS["int16"], 0.1, feeds)
     assert names == {"w", "s"}
 
 
@@ -369,7 +369,7 @@ def test_shared_weights_satisfy_both_operations(tmp_path) -> None:
     constants = {"w": rows, "s": np.float32(0.1), "sx": np.float32(0.5)}
     ends = {"x": (TensorProto.UINT8, ["n", 8]), "u": (TensorProto.INT8, ["n", 8])}
     made = model(nodes, ends, {"y": ["n", 5], "v": ["n", 5]}, constants)
-    done, names = repaired(save(made, tmp_path), Target("int16", Accumulator(16)))
+    done, names = repaired(save(made, tmp_path), TARGETS["int16"])
     assert names == {"w"}
     assert len(done.changes) == 2
 
