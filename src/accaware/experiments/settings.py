@@ -20,12 +20,13 @@ TRAIN_ONLY = {
     *("quantize", "epochs", "lr", "schedule", "optimizer", "momentum", "batch_size", "weight_decay", "warmup"),
     *("scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
-PTQ_ONLY = {"algorithm"}
+PTQ_ONLY = {"algorithm", "max_length"}
+TEXT = ("sts", "text")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do, from data to run folder. Lengths are in images, epochs or steps; bits are bits.
+    """What to do, from data to run folder. Lengths are in images (or sentences), epochs or steps; bits are bits.
 
     `acc_bits`: "12", or "PATTERN=32" for the layers whose name matches. `keep`: "PATTERN=8" or "PATTERN=float";
     empty means what a built-in model says (first and last layer at 8 bits). `quantize`: False trains the float network.
@@ -40,6 +41,7 @@ class Settings:
     normalize: str = "imagenet"
     val_size: int = 0
     limit_train: int | None = None
+    max_length: int = 128
     model: str = "resnet20"
     width: float = 1.0
     checkpoint: str | None = None
@@ -95,6 +97,13 @@ class Settings:
         for name, high in (("warmup", 1), ("momentum", 0.999), ("crop_pad", 0.5), ("seed", 2**63 - 1)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [0, {high}], not {getattr(self, name)}")
+        _at_least("max_length", self.max_length, 2)
+        if (self.data in TEXT) != self.model.startswith("hf:"):
+            raise ValueError(
+                f"data {', '.join(TEXT)} and model hf:NAME need each other, not {self.data!r}, {self.model!r}"
+            )
+        if self.data in TEXT and (self.command == "train" or self.val_size or self.limit_train is not None):
+            raise ValueError(f"data {self.data!r} is for ptq, without val_size and limit_train")
         Schedule.parse(self.schedule)
         if self.command == "ptq" and not self.quantize:
             raise ValueError("ptq quantizes; quantize cannot be false")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from accaware.initialise import norms
+from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantLayer
 from accaware.prepare import quant_layers
 from accaware.projections import project_integers
@@ -73,10 +74,9 @@ class _Reached(Exception):  # noqa: N818 -- no error
     """The layer has seen the batch: what comes after it need not run."""
 
 
-def _run(network: nn.Module, batch: Any) -> None:
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+def _run(network: nn.Module, inputs: Any) -> None:
     with suppress(_Reached):
-        network(inputs.to(next(network.parameters()).device))
+        call(network, inputs)
 
 
 def _calls(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[Any]) -> Counter[str]:
@@ -88,8 +88,8 @@ def _calls(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[An
 
     hooks = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
     try:
-        for batch in batches:
-            _run(model, batch)
+        for inputs in feeds(batches, next(model.parameters()).device):
+            _run(model, inputs)
             return seen
     finally:
         for hook in hooks:
@@ -115,9 +115,9 @@ def _collect(
         original.register_forward_hook(lambda _, args, out: note(outputs, out)),
     ]
     try:
-        for batch in batches:
-            _run(model, batch)
-            _run(reference, batch)
+        for feed in feeds(batches, next(model.parameters()).device):
+            _run(model, feed)
+            _run(reference, feed)
             while inputs:
                 moments.add(layer.input_quant(inputs.pop()), outputs.pop())
     finally:
