@@ -257,7 +257,7 @@ def _finish(
         "classes": job.data.classes,
         "data": settings.data,
         "hardware": runs.hardware(job.device),
-        "versions": runs.versions(),
+        "versions": runs.versions(*(["transformers"] if settings.data in TEXT else [])),
         "commit": runs.commit(),
     }
     run.write_model(model, {"accaware": aa.__version__, "command": settings.command_line()})
