@@ -153,7 +153,7 @@ def test_a_language_model_from_the_command_line(tmp_path: Path, monkeypatch: pyt
     tokens = AutoTokenizer.from_pretrained(path)(" ".join(SENTENCES * 4), return_tensors="pt")["input_ids"][0]
     pieces = tokens[: len(tokens) // 8 * 8].reshape(-1, 8)
     loss = AutoModelForCausalLM.from_pretrained(path)(input_ids=pieces, labels=pieces).loss
-    assert result["float_perplexity"] == pytest.approx(math.exp(float(loss)), rel=1e-4)
+    assert result["float_perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-4)
     assert result["perplexity"] != result["float_perplexity"]
     certificate = aa.Certificate.load("a/certificate.json")
     inside = [op.name.removeprefix("transformer.h.0.") for op in certificate.inside]
