@@ -88,7 +88,8 @@ Calib = Annotated[int, _Option(help="Training images for calibration.", rich_hel
 Algorithm = Annotated[
     str,
     _Option(
-        help="budgeted (integers chosen by the outputs they give) or projection (by the weights).",
+        help="budgeted (integers chosen by the outputs they give), projection (by the weights), or others' methods: "
+        "axe-gptq, axe-gpfq; without a budget gptq, gpfq.",
         rich_help_panel=QUANT,
     ),
 ]

@@ -116,9 +116,9 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
         raise ValueError("ptq needs the weights of a trained model: --checkpoint")
     job = _prepare(settings)
     float_score = _float_score(job, console)
-    if settings.algorithm == "budgeted":
+    if settings.algorithm != "projection":
         assert job.reference is not None
-        aa.reconstruct(job.model, job.reference, job.calibration)
+        aa.reconstruct(job.model, job.reference, job.calibration, settings.algorithm)
     run.create(settings)
     return _finish(job, run, float_score, time.monotonic() - job.started, console)
 

@@ -21,6 +21,7 @@ TRAIN_ONLY = {
     *("scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
 PTQ_ONLY = {"algorithm", "max_length"}
+ALGORITHMS = ("budgeted", "projection", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 TEXT = ("sts", "text")
 
 
@@ -84,7 +85,7 @@ class Settings:
         _one_of("normalize", self.normalize, ("imagenet", "cifar10", "none"))
         _one_of("optimizer", self.optimizer, ("sgd", "adam"))
         _one_of("init", self.init, get_args(Init))
-        _one_of("algorithm", self.algorithm, ("budgeted", "projection"))
+        _one_of("algorithm", self.algorithm, ALGORITHMS)
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("val_size", "weight_decay", "distill"):
@@ -107,11 +108,21 @@ class Settings:
         Schedule.parse(self.schedule)
         if self.command == "ptq" and not self.quantize:
             raise ValueError("ptq quantizes; quantize cannot be false")
-        if self.command == "ptq" and self.algorithm == "budgeted" and self.method not in ("projected", "baseline"):
-            raise ValueError(f"method {self.method!r} chooses its own integers: it needs algorithm 'projection'")
-        if self.command == "ptq" and self.algorithm == "budgeted" and self.bias_correct:
-            raise ValueError("algorithm 'budgeted' corrects biases itself: bias_correct needs algorithm 'projection'")
+        if self.command == "ptq" and self.algorithm != "projection":
+            self._refuse_unfit()
         self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
+
+    def _refuse_unfit(self) -> None:
+        """What the algorithms that choose integers by outputs do not go with."""
+        algorithm, method = self.algorithm, self.method
+        if method not in ("projected", "baseline"):
+            raise ValueError(f"method {method!r} chooses its own integers: it needs algorithm 'projection'")
+        if algorithm in ("gptq", "gpfq") and method != "baseline":
+            raise ValueError(f"algorithm {algorithm!r} knows no accumulator: it needs method 'baseline'")
+        if algorithm.startswith("axe") and (method, self.preload) != ("projected", "none"):
+            raise ValueError(f"algorithm {algorithm!r} needs method projected and no free preload")
+        if self.bias_correct:
+            raise ValueError(f"algorithm {algorithm!r} corrects biases itself: bias_correct needs 'projection'")
 
     @property
     def spec(self) -> Spec:
