@@ -23,7 +23,7 @@ ORDER = [
     "projections",
     "rows",
     "quantizers",
-    "layers",
+    "layers inputs",
     "trace",
     "prepare",
     "initialise",

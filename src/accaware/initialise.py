@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantIdentity, QuantLayer
 from accaware.prepare import quant_layers
 from accaware.trace import evaluating
@@ -167,8 +168,8 @@ def bias_correct(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
     neither is left alone, with a warning. In training mode batch-norm itself does what the latter does.
 
     model: prepared and calibrated. reference: the float network that it was made from, with the same names of layers.
-    batches: model inputs, or tuples that start with one. Raises `ValueError` for a model that is not calibrated, layers
-    that the reference lacks, and without data.
+    batches: as for `calibrate`. Raises `ValueError` for a model that is not calibrated, layers that the reference
+    lacks, and without data.
     """
     layers = quant_layers(model)
     floats = dict(reference.named_modules())
@@ -181,9 +182,8 @@ def bias_correct(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
     device = next(model.parameters()).device
     try:
         with evaluating(model), evaluating(reference):
-            for batch in batches:
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                reference(inputs.to(device))
+            for inputs in feeds(batches, device):
+                call(reference, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -227,6 +227,8 @@ class _MeanError:
 def norms(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:
     """Layers and the batch-norm of as many channels that alone reads what they give."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    if not any(isinstance(module, _BatchNorm) for module in modules.values()):
+        return  # such models need not be traceable
     for node in _graph(model).nodes:
         if node.op == "call_module" and len(node.users) == 1:
             reader = next(iter(node.users))

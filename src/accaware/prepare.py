@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from accaware.formats import Spec
+from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantIdentity, QuantLayer, kept_spec
 from accaware.quantizers import ActivationQuantizer
 from accaware.trace import Trace, evaluating, trace
@@ -25,18 +26,18 @@ T = TypeVar("T")
 def prepare_(
     model: nn.Module,
     spec: Spec,
-    sample: Tensor | tuple[Any, ...] | None = None,
+    sample: Any = None,
     keep: Mapping[str, int | str] | None = None,
     acc_bits: Mapping[str, int] | None = None,
     signed: Mapping[str, bool] | None = None,
 ) -> nn.Module:
     """Turn every `nn.Linear` and (transposed) convolution of `model` into its quantized form, in place.
 
-    sample: an input of the model (or the tuple of its arguments). One run over it finds which layers read the same
-    tensor, so that they share one activation quantizer, and which other operations accumulate. keep: layers that stay
-    out of the request, by name pattern (`fnmatch`): bits (2-8; added up in 32 bits) or "float". acc_bits: accumulator
-    widths by name pattern; the more specific pattern wins, then the later one. signed: whether the input codes of the
-    layers that match are signed; calibration finds out for the others.
+    sample: an input of the model (or the tuple of its arguments, or the mapping of its keyword arguments). One run over
+    it finds which layers read the same tensor, so that they share one activation quantizer, and which other operations
+    accumulate. keep: layers that stay out of the request, by name pattern (`fnmatch`): bits (2-8; added up in 32 bits)
+    or "float". acc_bits: accumulator widths by name pattern; the more specific pattern wins, then the later one.
+    signed: whether the input codes of the layers that match are signed; calibration finds out for the others.
 
     Returns the model. Raises `ValueError` for a pattern that matches nothing, a model without such layers, or one that
     is prepared already. Call `calibrate` next.
@@ -56,6 +57,7 @@ def prepare_(
     _leave_fused_kernels(model)
     seen = Trace() if sample is None else trace(model, {**targets, **streams}, sample)
     quantizers: dict[tuple[Any, int], ActivationQuantizer] = {}
+    shared = {id(p) for m in model.modules() if type(m) not in LAYERS for p in m.parameters(recurse=False)}
     for name, module in {**streams, **targets}.items():
         bits = kept.get(name)
         if isinstance(bits, str):  # "float"
@@ -71,6 +73,8 @@ def prepare_(
         else:
             device = next(module.parameters()).device
             module.__class__ = LAYERS[type(module)]
+            if id(module.weight) in shared:  # with an embedding, say, which stays as it is
+                module.weight = nn.Parameter(module.weight.detach().clone())
             assert isinstance(module, QuantLayer)
             module.quantize_(name, layer_spec, quantizers[key].to(device), inside)
     model._accaware_trace = seen  # type: ignore[assignment]
@@ -114,8 +118,9 @@ def _activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
 def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -> None:
     """Find activation ranges and signs from data, then the first weight scales of a prepared model.
 
-    batches: model inputs, or tuples that start with one; a thousand images suffice. The float model runs over them once
-    in evaluation mode. init: "search" chooses the weight scales (and EP-init's projection, for A2Q and A2Q+) of
+    batches: model inputs, or tuples that start with one; a thousand images suffice. An input is a tensor, or a mapping
+    of keyword arguments, of which padding (0 in `attention_mask` [B, L]) is left out. The float model runs over them
+    once in evaluation mode. init: "search" chooses the weight scales (and EP-init's projection, for A2Q and A2Q+) of
     smallest error, each tap weighted by the power of its input; "ep" projects at the scale max|w| / qmax; "none" does
     not project.
 
@@ -224,8 +229,7 @@ def _run(model: nn.Module, batches: Iterable[Any], training: Iterable[nn.Module]
     with evaluating(model), torch.no_grad():
         for module in training:
             module.train()
-        for batch in batches:
-            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(inputs.to(device))
+        for inputs in feeds(batches, device):
+            call(model, inputs)
             count += 1
     return count

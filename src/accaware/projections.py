@@ -15,7 +15,15 @@ from torch import Tensor
 
 from accaware.bounds import Budget
 
-__all__ = ["holds", "project_any", "project_capped", "project_integers", "project_l1", "project_l1_zero_centred"]
+__all__ = [
+    "holds",
+    "project_any",
+    "project_capped",
+    "project_integers",
+    "project_l1",
+    "project_l1_zero_centred",
+    "simplex_threshold",
+]
 
 _BLOCK = 1 << 18  # elements of a matrix that are projected at once on a CPU: their temporaries stay in its cache
 _GAINS = 1 << 23  # gains that the enumeration of coupled budgets sorts at once
@@ -23,7 +31,7 @@ _MOST_GAINS = 1 << 27  # that it sorts for one row: a GiB
 _GUESSES = 8  # interpolated steps before plain bisection takes over
 
 
-def _simplex_threshold(v: Tensor, radius: Tensor) -> Tensor:
+def simplex_threshold(v: Tensor, radius: Tensor) -> Tensor:
     """The theta for which sum_i max(v_i - theta, 0) = radius > 0. v: [..., K], radius: [..., 1]; returns [..., 1]."""
     ordered = v.sort(dim=-1, descending=True).values
     count = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
@@ -50,7 +58,7 @@ def project_l1(v: Tensor, radius: Tensor | float) -> Tensor:
     """
     r = _radius(v, radius)
     size = v.abs()
-    theta = _simplex_threshold(size, r)
+    theta = simplex_threshold(size, r)
     inside = size.sum(-1, keepdim=True) <= r
     return torch.where(inside, v, v.sign() * (size - theta).clamp(min=0))
 
@@ -67,8 +75,8 @@ def project_l1_zero_centred(v: Tensor, radius: Tensor | float) -> Tensor:
     """
     r = _radius(v, radius)
     centred = v - v.mean(-1, keepdim=True)
-    upper = _simplex_threshold(centred, r / 2)
-    lower = -_simplex_threshold(-centred, r / 2)
+    upper = simplex_threshold(centred, r / 2)
+    lower = -simplex_threshold(-centred, r / 2)
     inside = centred.abs().sum(-1, keepdim=True) <= r
     return torch.where(inside, centred, (centred - upper).clamp(min=0) - (lower - centred).clamp(min=0))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from accaware.inputs import call
 from accaware.layers import QuantIdentity, QuantLayer
 
 __all__ = ["Other", "Trace", "batchnorm_after", "evaluating", "trace"]
@@ -33,6 +34,7 @@ _POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adap
 #: Not those that derive from them: they may do more.
 _BATCHNORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
 _SUMS = {"mean", "sum", "cumsum"}
+_NORMS = {"layer_norm", "group_norm", "instance_norm", "rms_norm", "softmax"}
 _ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__"}
 
 
@@ -40,13 +42,15 @@ _ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__"}
 class Other:
     """An accumulating operation that is not a quantized layer. `terms`: how many values one output sums, if known.
 
-    `source`: the layer or stream whose quantized tensor it reads, if it reads one.
+    `source`: the layer or stream whose quantized tensor it reads, if it reads one. `signed`: of a product of two
+    activations, whether each of them took negative values.
     """
 
     name: str
     kind: str
     terms: int | None
     source: str | None
+    signed: tuple[bool, bool] | None = None
 
 
 @dataclass
@@ -77,9 +81,13 @@ class _Watch(TorchFunctionMode):
         if not self.inside:
             self.inside += 1  # what reading the sizes of tensors calls is not the model's
             terms = self._terms(kind, args, out)
-            if terms is not False:
-                source = next((self.streams[id(a)] for a in args if id(a) in self.streams), None)
-                self.result.others.append(Other(self._name(kind.strip("_")), kind.strip("_"), terms, source))
+            source = next((self.streams[id(a)] for a in args if id(a) in self.streams), None)
+            kind = kind.strip("_")
+            if products := list(_of_activations(kind, args)):
+                for kind, count, signed in products:
+                    self.result.others.append(Other(self._name(kind), kind, count, source, signed))
+            elif terms is not False:
+                self.result.others.append(Other(self._name(kind), kind, terms, source))
             self.inside -= 1
         return out
 
@@ -90,7 +98,7 @@ class _Watch(TorchFunctionMode):
         return name if self.names[name] == 1 else f"{name}_{self.names[name]}"
 
     def _terms(self, kind: str, args: tuple[Any, ...], out: Any) -> int | bool | None:
-        if kind in _PRODUCTS:
+        if kind in _PRODUCTS or kind in _NORMS:
             return None
         if not (isinstance(out, Tensor) and args and isinstance(args[0], Tensor)):
             return False
@@ -120,7 +128,18 @@ class _Watch(TorchFunctionMode):
                 self.streams[id(out)] = self.result.sources[name]
 
 
-def trace(model: nn.Module, targets: Mapping[str, nn.Module], sample: Tensor | tuple[Any, ...]) -> Trace:
+def _of_activations(kind: str, args: tuple[Any, ...]) -> Iterator[tuple[str, int, tuple[bool, bool]]]:
+    """The products of two activations in one operation: kind, how many one output sums, whether each has a sign."""
+    signs = [bool((a < 0).any()) for a in args[:3] if isinstance(a, Tensor)]
+    if kind == "scaled_dot_product_attention" and len(signs) == 3:
+        query, key, _ = args[:3]
+        yield "query_key", query.shape[-1], (signs[0], signs[1])
+        yield "attention_value", key.shape[-2], (False, signs[2])
+    elif kind in ("matmul", "bmm", "mm") and len(signs) == 2 and not any(isinstance(a, nn.Parameter) for a in args):
+        yield kind, args[0].shape[-1], (signs[0], signs[1])
+
+
+def trace(model: nn.Module, targets: Mapping[str, nn.Module], sample: Any) -> Trace:
     """Run `model` once over `sample` without gradients, in evaluation mode, and report what reads what."""
     result = Trace()
     watch = _Watch(targets, result)
@@ -130,7 +149,7 @@ def trace(model: nn.Module, targets: Mapping[str, nn.Module], sample: Tensor | t
         hooks.append(module.register_forward_hook(lambda m, args, out, n=name: watch.leave(n, m, out)))
     try:
         with evaluating(model), torch.no_grad(), watch:
-            model(*sample) if isinstance(sample, tuple) else model(sample)
+            call(model, sample)
     finally:
         for hook in hooks:
             hook.remove()
@@ -156,9 +175,7 @@ class _Readers(TorchFunctionMode):
             self.counts[value] = self.counts.get(value, 0) + 1
 
 
-def batchnorm_after(
-    model: nn.Module, layers: Mapping[str, QuantLayer], sample: Tensor | tuple[Any, ...]
-) -> dict[str, str]:
+def batchnorm_after(model: nn.Module, layers: Mapping[str, QuantLayer], sample: Any) -> dict[str, str]:
     """layer -> the batch-norm of its channels that is the only reader of its output; both run once, over `sample`.
 
     What is computed past torch's own functions (`torch.autograd.Function`, compiled code) is not seen.
@@ -187,7 +204,7 @@ def batchnorm_after(
     hooks += [m.register_forward_pre_hook(lambda m, args, n=name: enter(n, args)) for name, m in norms.items()]
     try:
         with evaluating(model), torch.no_grad(), readers:
-            readers.read(model(*sample) if isinstance(sample, tuple) else model(sample))
+            readers.read(call(model, sample))
     finally:
         for hook in hooks:
             hook.remove()

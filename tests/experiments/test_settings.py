@@ -66,7 +66,10 @@ def test_the_lists_of_names_are_names() -> None:
         ({"method": "magic"}, "method must be one of projected, .*, not 'magic'"),
         ({"init": "magic"}, "init must be one of search, ep, none, ptq, not 'magic'"),
         ({"normalize": "no"}, "normalize must be one of imagenet, cifar10, none, not 'no'"),
-        ({"algorithm": "no"}, "algorithm must be one of budgeted, projection, not 'no'"),
+        (
+            {"algorithm": "no"},
+            "algorithm must be one of budgeted, projection, axe-gptq, axe-gpfq, gptq, gpfq, not 'no'",
+        ),
         ({"epochs": 0.0}, "epochs must be a positive number, not 0.0"),
         ({"lr": float("nan")}, "lr must be a positive number, not nan"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),

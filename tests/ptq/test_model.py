@@ -15,6 +15,7 @@ import accaware as aa
 from accaware.cli import run
 from accaware.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer
 from accaware.prepare import quant_layers
+from accaware.ptq import model as ptq
 from accaware.ptq.moments import Moments
 from cli_helpers import fails
 
@@ -85,6 +86,43 @@ def test_the_integers_fit_and_bring_the_outputs_nearer(options):
             torch.testing.assert_close(layer.rows.merge(q * scale).float(), layer.weight, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("algorithm", ["axe-gptq", "axe-gpfq"])
+@pytest.mark.parametrize("options", [{}, {"tile": 5, "acc_bits": 8}])
+def test_rivals_fit_and_are_deployed_as_they_are(algorithm, options, monkeypatch):
+    chosen = {}
+    inner = ptq.at_best_scale
+
+    def noted(*args):
+        q, scale = inner(*args)
+        chosen[len(chosen)] = q
+        return q, scale
+
+    monkeypatch.setattr(ptq, "at_best_scale", noted)
+    model, reference = prepared(**options)
+    model.eval()
+    before = distance(model, reference)
+    aa.reconstruct(model, reference, BATCHES, algorithm)
+    assert distance(model, reference) < before
+    assert aa.certify(model).holds
+    layers = [layer for name, layer in quant_layers(model).items() if name != "up"]
+    for layer, q in zip(layers, chosen.values(), strict=True):
+        deployed, _, repaired = layer.deployed()
+        assert not repaired.any()
+        assert torch.equal(layer.rows.merge(deployed).reshape(q.shape).double(), q)
+
+
+def test_budgets_cost_what_plain_rounding_does_not_pay():
+    """Without a budget the outputs are nearer, and no register is proven."""
+    distances = {}
+    for algorithm, method in (("gptq", "baseline"), ("gpfq", "baseline"), ("axe-gptq", "projected")):
+        model, reference = prepared(method=method, acc_bits=8)
+        aa.reconstruct(model.eval(), reference, BATCHES, algorithm)
+        distances[algorithm] = distance(model, reference)
+        assert aa.certify(model).holds == (method == "projected")
+    assert distances["gptq"] < 0.8 * distances["axe-gptq"]
+    assert distances["gpfq"] < 0.8 * distances["axe-gptq"]
+
+
 def test_means_and_variances_stay_those_of_the_float_network():
     model, reference = prepared(acc_bits=8)
     aa.reconstruct(model, reference, BATCHES)
@@ -116,7 +154,10 @@ def test_means_and_variances_stay_those_of_the_float_network():
     ],
 )
 def test_the_moments_are_those_of_the_layer(kind, shape, options):
-    """With x the float network's own input, cross must be H w: each tap meets the weight that it is multiplied by."""
+    """With x the float network's own input, cross must be H w: each tap meets the weight that it is multiplied by.
+
+    With another one, cross is G w.
+    """
     torch.manual_seed(0)
     float_kind = next(k for k in kind.__mro__ if k.__module__.startswith("torch"))
     reference = float_kind(shape[-float_kind(1, 1, 1).weight.dim() + 1], 8, 3, **options)
@@ -125,11 +166,16 @@ def test_the_moments_are_those_of_the_layer(kind, shape, options):
     assert isinstance(layer, QuantLayer)
     x = torch.randn(shape)
     with torch.no_grad():
-        moments = Moments(layer, reference)
-        moments.add(x, reference(x))
+        moments = Moments(layer, reference, mixing=True)
+        moments.add(x, x, reference(x))
         moments.finish(centred=True)
+        other = Moments(layer, reference, mixing=True)
+        other.add(x.round(), x, reference(x))
+        other.finish(centred=True)
     weight = reference.weight.double().reshape(moments.cross.shape)
     torch.testing.assert_close(moments.cross, weight @ moments.gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments.mixed, moments.gram)
+    torch.testing.assert_close(other.cross, weight @ other.mixed.mT, rtol=1e-4, atol=1e-4)
     power = (weight * (weight @ moments.gram)).sum(-1)
     torch.testing.assert_close(moments.power, power, rtol=1e-4, atol=1e-4)
 
@@ -159,11 +205,17 @@ def test_what_cannot_be_reconstructed_is_refused():
         aa.reconstruct(*prepared(method="a2q", acc_bits=16), BATCHES)
     with pytest.raises(ValueError, match="per_channel=False"):
         aa.reconstruct(*prepared(per_channel=False), BATCHES)
+    with pytest.raises(ValueError, match=r"algorithm must be one of budgeted, .*, not 'axe'"):
+        aa.reconstruct(*prepared(), BATCHES, "axe")
+    with pytest.raises(ValueError, match="a: algorithm 'gptq' knows no accumulator: it needs method 'baseline'"):
+        aa.reconstruct(*prepared(), BATCHES, "gptq")
+    with pytest.raises(ValueError, match="a: algorithm 'axe-gpfq' needs method projected and no free preload"):
+        aa.reconstruct(*prepared(preload="free"), BATCHES, "axe-gpfq")
 
 
 def test_the_command_line(ptq_options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["ptq", *ptq_options, "--acc-bits", "9"]
-    for algorithm in ("projection", "budgeted"):
+    for algorithm in ("projection", "budgeted", "axe-gptq"):
         assert run([*words, "--algorithm", algorithm, "--out", algorithm]) == 0
         assert json.loads(Path(algorithm, "result.json").read_text())["holds"]
     assert run([*words, "--out", "default"]) == 0
@@ -171,4 +223,5 @@ def test_the_command_line(ptq_options: list[str], capsys: pytest.CaptureFixture[
     assert models[0][-1000:] == models[1][-1000:] != models[2][-1000:]
     assert "method 'a2q' chooses its own integers" in fails([*words, "--method", "a2q", "--out", "no"], capsys)
     assert "algorithm 'budgeted' corrects biases itself" in fails([*words, "--bias-correct", "--out", "no"], capsys)
+    assert "algorithm 'gpfq' knows no accumulator" in fails([*words, "--algorithm", "gpfq", "--out", "no"], capsys)
     assert not Path("no").exists()

@@ -8,6 +8,7 @@ from torch import nn
 
 from accaware.bounds import bits_needed
 from accaware.certify.certificate import Certificate, Operation, outside
+from accaware.formats import IntFormat
 from accaware.integer.convert import integer_layers
 from accaware.integer.layer import IntegerLayer
 from accaware.layers import LAYERS, QuantIdentity
@@ -20,8 +21,9 @@ def certify(model: nn.Module) -> Certificate:
     """Prove, in integers, that no layer of the request can overflow its accumulator, or show an input that does.
 
     Covers every accumulating operation that the network runs: those outside the request (kept layers, pooling, sums,
-    additions) are listed with the width they need, where it is known. Raises `ValueError` for a model that is not
-    prepared or not calibrated.
+    additions) are listed with the width they need, where it is known; products of two activations (attention), which
+    stay in float, with the width that they would need in codes of as many bits as the layers' inputs have. Raises
+    `ValueError` for a model that is not prepared or not calibrated.
     """
     layers = integer_layers(model)
     modules = dict(model.named_modules())
@@ -31,7 +33,10 @@ def certify(model: nn.Module) -> Certificate:
         if type(module) in LAYERS
     ]
     seen: Trace = getattr(model, "_accaware_trace", Trace())
-    others += [_other(op, modules) for op in seen.others]
+    bits = max((layer.codes.span.bit_length() for layer in layers if layer.inside), default=0)
+    others += [
+        _other(op, modules) if op.signed is None or not bits else _of_activations(op, bits) for op in seen.others
+    ]
     return Certificate.of(layers, others, sha256=fingerprint(layers))
 
 
@@ -44,6 +49,14 @@ def fingerprint(layers: list[IntegerLayer]) -> str:
         digest.update(layer.rows.astype("<i8").tobytes())
         digest.update(layer.preload.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _of_activations(op: Other, bits: int) -> Operation:
+    a, b = (IntFormat.signed(bits) if signed else IntFormat.unsigned(bits) for signed in op.signed or ())
+    corners = [x * y for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+    assert op.terms is not None
+    needed = bits_needed(op.terms * min(0, *corners), op.terms * max(0, *corners))
+    return outside(op.name, op.kind, needed, f"float; in {bits}-bit codes, a sum of {op.terms} products of activations")
 
 
 def _other(op: Other, modules: dict[str, nn.Module]) -> Operation:

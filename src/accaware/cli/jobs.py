@@ -14,7 +14,11 @@ _Option = typer.Option
 DATA, QUANT, TRAIN, RUN = "Data and model", "Quantization", "Training", "Run"
 
 Data = Annotated[
-    str, _Option(help="cifar10, imagenet, bsds300 or folder (train/CLASS/*, test/CLASS/*).", rich_help_panel=DATA)
+    str,
+    _Option(
+        help="cifar10, imagenet, bsds300 or folder (train/CLASS/*, test/CLASS/*); with ptq sts or text.",
+        rich_help_panel=DATA,
+    ),
 ]
 DataDir = Annotated[
     str | None, _Option(help="Folder of the data; without it, they are downloaded.", rich_help_panel=DATA)
@@ -34,11 +38,13 @@ Normalize = Annotated[
 ValSize = Annotated[
     int, _Option(help="Training rows split off and evaluated instead of the test set.", rich_help_panel=DATA)
 ]
+MaxLength = Annotated[int, _Option(help="Tokens of a sentence or piece of text, at most.", rich_help_panel=DATA)]
 LimitTrain = Annotated[int | None, _Option(help="Use only the first rows of the training set.", rich_help_panel=DATA)]
 Model = Annotated[
     str,
     _Option(
-        help="resnet20, 32, 44, 56, resnet18-cifar, mobilenetv1; resnet18, 34, 50; espcn, unet; or module:factory.",
+        help="resnet20, 32, 44, 56, resnet18-cifar, mobilenetv1; resnet18, 34, 50; espcn, unet; or module:factory; "
+        "for text hf:NAME_OR_FOLDER.",
         rich_help_panel=DATA,
     ),
 ]
@@ -82,7 +88,8 @@ Calib = Annotated[int, _Option(help="Training images for calibration.", rich_hel
 Algorithm = Annotated[
     str,
     _Option(
-        help="budgeted (integers chosen by the outputs they give) or projection (by the weights).",
+        help="budgeted (integers chosen by the outputs they give), projection (by the weights), or others' methods: "
+        "axe-gptq, axe-gpfq; without a budget gptq, gpfq.",
         rich_help_panel=QUANT,
     ),
 ]
@@ -198,6 +205,7 @@ def ptq(
     normalize: Normalize = _D.normalize,
     val_size: ValSize = _D.val_size,
     limit_train: LimitTrain = _D.limit_train,
+    max_length: MaxLength = _D.max_length,
     model: Model = _D.model,
     width: Width = _D.width,
     checkpoint: Checkpoint = _D.checkpoint,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accaware.experiments.results import Run
+from accaware.experiments.results import LOWER_IS_BETTER, Run
 from accaware.experiments.settings import FREE_ON_RESUME
 
 #: Runs that differ in these are never drawn in one picture.
@@ -173,7 +173,8 @@ def _points(runs: list[Run], width: Any) -> tuple[Point, ...]:
     for seeds in cells.values():
         at.setdefault(width(seeds), []).append(tuple(seeds))
     points = [[Point(bits, seeds, len(pairs)) for seeds in pairs] for bits, pairs in sorted(at.items())]
-    return tuple(max(choices, key=lambda point: point.mean) for choices in points)
+    best = min if runs[0].metric in LOWER_IS_BETTER else max
+    return tuple(best(choices, key=lambda point: point.mean) for choices in points)
 
 
 def _word(value: Any) -> str:
@@ -201,7 +202,12 @@ class Distance:
 
 
 def distances(group: Group, method: str = "projected", other: str = "a2q+") -> list[Distance]:
-    """From every curve of `method` to the best of `other` at each of its widths, linearly interpolated."""
+    """From every curve of `method` to the best of `other` at each of its widths, linearly interpolated.
+
+    None where less is better.
+    """
+    if group.shared["metric"] in LOWER_IS_BETTER:
+        return []
     best: dict[int, float] = {}
     for point in (point for curve in group.curves if curve.method == other for point in curve.points):
         best[point.bits] = max(point.mean, best.get(point.bits, point.mean))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -17,13 +17,14 @@ from torch import nn
 import accaware as aa
 from accaware.certify.certificate import Certificate
 from accaware.certify.model import certify
-from accaware.experiments import models, runs
+from accaware.experiments import models, runs, text
 from accaware.experiments.batches import EvalBatches, calibration_images
 from accaware.experiments.checkpoints import fingerprint, load_weights
 from accaware.experiments.data import Dataset, load
 from accaware.experiments.images import NORMALIZATIONS, Images, first_line
-from accaware.experiments.settings import CHECKPOINT_SHA256, Settings, check_same
-from accaware.experiments.tasks import Task
+from accaware.experiments.models import huggingface
+from accaware.experiments.settings import CHECKPOINT_SHA256, TEXT, Settings, check_same
+from accaware.experiments.tasks import Metric
 from accaware.experiments.training import Network, Plan, evaluate, fit, train_batches
 
 EVAL_PIXELS = 500 * 32 * 32  # in the outputs or inputs of one batch
@@ -36,22 +37,24 @@ class Job:
     """A calibrated model, and what is needed to train and judge it.
 
     `reference`: the float model, None where it has no trained weights. `calibration`: training images without
-    augmentation. `started`: in seconds of the monotonic clock.
+    augmentation, or text. `started`: in seconds of the monotonic clock.
     """
 
     settings: Settings
     device: torch.device
-    data: Dataset
-    calibration: EvalBatches
+    data: Dataset | text.Pairs | text.Running
+    calibration: EvalBatches | text.TokenBatches
     model: nn.Module
     reference: nn.Module | None
     started: float
 
     def score(self, model: nn.Module) -> float:
-        """The task's metric on the test (or validation) images."""
-        images = self.data.evaluation
-        batches = EvalBatches(images, _fitting(images), self.calibration.normalization, self.data.task)
-        return evaluate(model.to(self.device), batches, self.device)
+        """The task's metric on the test (or validation) images, or on text."""
+        model = model.to(self.device)
+        if not isinstance(self.data, Dataset):
+            return self.data.score(model, self.device)
+        images, normalization = self.data.evaluation, NORMALIZATIONS[self.settings.normalize]
+        return evaluate(model, EvalBatches(images, _fitting(images), normalization, self.data.task), self.device)
 
 
 def train(settings: Settings, console: Console) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def _train(run: runs.RunFolder, settings: Settings, console: Console, resume: bo
     if settings.init == "ptq":
         _require_trained(settings, "init 'ptq'")
     job = _prepare(settings)
+    assert isinstance(job.data, Dataset)  # settings refuse text
     float_score = _float_score(job, console)
     last = run.last_checkpoint() if resume else None
     if last is None and settings.init == "ptq":
@@ -97,7 +101,13 @@ def _train(run: runs.RunFolder, settings: Settings, console: Console, resume: bo
         run.create(settings)
     teacher = job.reference if settings.distill else None
     network = Network(
-        job.model, job.data.train, job.calibration.normalization, settings, job.started, teacher, job.data.task
+        job.model,
+        job.data.train,
+        NORMALIZATIONS[settings.normalize],
+        settings,
+        job.started,
+        teacher,
+        job.data.task,
     )
     trainer = fit(network, run, settings, console, last)
     if not trainer.is_global_zero:
@@ -113,8 +123,8 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
     settings = _with_fingerprint(settings)
     job = _prepare(settings)
     float_score = _float_score(job, console)
-    if settings.algorithm == "budgeted":
-        _reconstruct(job)
+    if settings.algorithm != "projection":
+        _reconstruct(job, settings.algorithm)
     run.create(settings)
     return _finish(job, run, float_score, time.monotonic() - job.started, console)
 
@@ -128,44 +138,56 @@ def _require_trained(settings: Settings, what: str) -> None:
         raise ValueError(f"{what} needs the weights of a trained model: --checkpoint")
 
 
-def _reconstruct(job: Job) -> None:
+def _reconstruct(job: Job, algorithm: str = "budgeted") -> None:
     assert job.reference is not None
-    aa.reconstruct(job.model, job.reference, job.calibration)
+    aa.reconstruct(job.model, job.reference, job.calibration, cast(Any, algorithm))
 
 
 def load_run(folder: Path) -> nn.Module:
     """The prepared (or float) model of a complete run, in evaluation mode on the CPU, from its folder alone."""
     run = runs.RunFolder(folder)
     settings, state = run.settings(), run.model_state()
-    model = models.build(settings.model, run.result()["classes"], settings.width)
+    model = _build(settings, run.result()["classes"])
     if settings.quantize:
         _quantize(model, settings, sample_input(folder))
     model.load_state_dict(state)
     return model.eval()
 
 
-def sample_input(folder: Path) -> torch.Tensor:
-    """An input of the run's model: two rows of zeros."""
-    size = runs.RunFolder(folder).settings().image_size
-    return torch.zeros(2, 3, size, size)
+def sample_input(folder: Path) -> Any:
+    """An input of the run's model: two rows of zeros, or one text of the greatest length."""
+    settings = runs.RunFolder(folder).settings()
+    if settings.data in TEXT:
+        return _sample_text(settings, torch.device("cpu"))
+    return torch.zeros(2, 3, settings.image_size, settings.image_size)
+
+
+def _sample_text(settings: Settings, device: torch.device) -> dict[str, torch.Tensor]:
+    """Of the greatest length, which decides how wide the sums of attention over positions are."""
+    ids = torch.ones(1, settings.max_length, dtype=torch.int64, device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _prepare(settings: Settings) -> Job:
     started = time.monotonic()
     device = find_device(settings.device)
     folder = None if settings.data_dir is None else Path(settings.data_dir)
-    data = load(
-        settings.data,
-        folder,
-        val_size=settings.val_size,
-        image_size=settings.image_size,
-        resize=settings.resize,
-        limit_train=settings.limit_train,
-    )
-    if settings.command == "train" and settings.batch_size > len(data.train):
+    data: Dataset | text.Pairs | text.Running
+    if settings.data in TEXT:
+        data = text.load(settings.data, folder, huggingface.tokenizer(settings.model), settings.max_length)
+    else:
+        data = load(
+            settings.data,
+            folder,
+            val_size=settings.val_size,
+            image_size=settings.image_size,
+            resize=settings.resize,
+            limit_train=settings.limit_train,
+        )
+    if isinstance(data, Dataset) and settings.command == "train" and settings.batch_size > len(data.train):
         raise ValueError(f"batch_size must lie in [1, {len(data.train)}] (the training set), not {settings.batch_size}")
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, data.classes, settings.width)
+    model = _build(settings, data.classes)
     if settings.checkpoint is not None:
         load_weights(model, Path(settings.checkpoint))
     trained = settings.checkpoint is not None or settings.model not in models.BUILT_IN
@@ -173,16 +195,27 @@ def _prepare(settings: Settings) -> Job:
     if settings.equalize:
         aa.equalize(model)
     reference = copy.deepcopy(model).eval()
-    images = calibration_images(data.train, settings.calib, settings.seed)
-    size = min(CALIB_BATCH, _fitting(images))
-    calibration = EvalBatches(images, size, NORMALIZATIONS[settings.normalize], data.task)
+    calibration: EvalBatches | text.TokenBatches
+    if isinstance(data, Dataset):
+        images = calibration_images(data.train, settings.calib, settings.seed)
+        size = min(CALIB_BATCH, _fitting(images))
+        calibration = EvalBatches(images, size, NORMALIZATIONS[settings.normalize], data.task)
+        sample: Any = next(iter(calibration))[0][:2].to(device)
+    else:
+        calibration = text.drawn(data.unlabelled, settings.calib, settings.seed)
+        sample = _sample_text(settings, device)
     if settings.quantize:
-        sample, _ = next(iter(calibration))
-        _quantize(model, settings, sample[:2].to(device))
+        _quantize(model, settings, sample)
         aa.calibrate(model, calibration, init="search" if settings.init == "ptq" else settings.init)
         if settings.bias_correct:
             aa.bias_correct(model, reference, calibration)
     return Job(settings, device, data, calibration, model, reference if trained else None, started)
+
+
+def _build(settings: Settings, classes: int | None) -> nn.Module:
+    if settings.data in TEXT:
+        return huggingface.pretrained(settings.model, causal=settings.data == "text")
+    return models.build(settings.model, classes, settings.width)
 
 
 def _fitting(images: Images) -> int:
@@ -191,17 +224,19 @@ def _fitting(images: Images) -> int:
     return max(1, EVAL_PIXELS // max(sizes))
 
 
-def _as_in_training(data: Dataset, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _as_in_training(data: Dataset | text.Pairs | text.Running, settings: Settings) -> Iterable[Any]:
     """Augmented images: batch-norm averaged over such, and the statistics of plain ones differ."""
+    if not isinstance(data, Dataset):
+        return text.TokenBatches(data.unlabelled)
     size = min(CALIB_BATCH, len(data.train))
     normalization = NORMALIZATIONS[settings.normalize]
     batches = train_batches(data.train, replace(settings, batch_size=size), normalization, data.task)
     return batches.stream(0, min(BATCHNORM_IMAGES, len(data.train)) // size)
 
 
-def _quantize(model: nn.Module, settings: Settings, sample: torch.Tensor) -> None:
+def _quantize(model: nn.Module, settings: Settings, sample: Any) -> None:
     keep = settings.keep_patterns
-    if not keep and settings.model in models.BUILT_IN:
+    if not keep and (settings.model in models.BUILT_IN or settings.data in TEXT):
         keep = dict(model.keep)  # type: ignore[arg-type]
     aa.prepare_(model, settings.spec, sample, keep=keep, acc_bits=settings.acc_patterns)
 
@@ -240,7 +275,7 @@ def _finish(
         "classes": job.data.classes,
         "data": settings.data,
         "hardware": runs.hardware(job.device),
-        "versions": runs.versions(),
+        "versions": runs.versions(*(["transformers"] if settings.data in TEXT else [])),
         "commit": runs.commit(),
     }
     run.write_model(model, {"accaware": aa.__version__, "command": settings.command_line()})
@@ -271,7 +306,7 @@ def _sparsity(certificate: Certificate) -> float | None:
     return round(zeros / sum(weights), 6)
 
 
-def _report(result: dict[str, Any], run: runs.RunFolder, task: Task, console: Console) -> None:
+def _report(result: dict[str, Any], run: runs.RunFolder, task: Metric, console: Console) -> None:
     proof = f"{'proven' if result['holds'] else 'NOT proven'} to fit {result['acc_bits']} bits "
     proof += f"(worst layer needs {result['bits_needed']})"
     console.print(
@@ -283,8 +318,8 @@ def _report(result: dict[str, Any], run: runs.RunFolder, task: Task, console: Co
     )
 
 
-def _shown(task: Task, value: float) -> str:
-    return f"{task.name} {value:.2f} {task.unit}"
+def _shown(task: Metric, value: float) -> str:
+    return f"{task.name} {value:.2f} {task.unit}".rstrip()
 
 
 def find_device(name: str) -> torch.device:

@@ -19,8 +19,9 @@ from accaware.formats import IntFormat
 
 INDEX = "index.parquet"
 LOCAL = ("data_dir", "checkpoint", "out")  # paths, of which only the last part is anybody's business
-UNITS = {"top1": "%", "psnr": "dB"}
-NAMES = {"top1": "top-1", "psnr": "PSNR"}
+UNITS = {"top1": "%", "psnr": "dB", "spearman": "%", "perplexity": ""}
+NAMES = {"top1": "top-1", "psnr": "PSNR", "spearman": "Spearman", "perplexity": "perplexity"}
+LOWER_IS_BETTER = {"perplexity"}
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """ "top1" or "psnr"."""
+        """One of `NAMES`."""
         return str(self.result["metric"])
 
     @property
     def value(self) -> float:
-        """Percent, or dB."""
+        """In its unit."""
         return float(self.result[self.metric])
 
     @property
@@ -53,7 +54,7 @@ class Run:
     def shown(self) -> str:
         """For people: the value, and whether it is proven."""
         proof = "proven" if self.result["holds"] else "NOT proven"
-        value = f"{NAMES[self.metric]} {self.value:.2f} {UNITS[self.metric]}"
+        value = f"{NAMES[self.metric]} {self.value:.2f} {UNITS[self.metric]}".rstrip()
         return f"{value}, {proof} to fit {self.result['acc_bits']} bits (needs {self.result['bits_needed']})"
 
     @cached_property
@@ -81,7 +82,7 @@ def axis(metric: str) -> str:
     >>> axis("top1"), axis("psnr")
     ('top-1 (%)', 'PSNR (dB)')
     """
-    return f"{NAMES[metric]} ({UNITS[metric]})"
+    return f"{NAMES[metric]} ({UNITS[metric]})" if UNITS[metric] else NAMES[metric]
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:

@@ -108,10 +108,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of what decides the numbers; `others` are the packages that not every run has."""
     found = {"accaware": accaware.__version__, "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in ("torch", "lightning", "numpy")}
+    return found | {name: metadata.version(name) for name in ("torch", "lightning", "numpy", *others)}
 
 
 def commit() -> str | None:

@@ -23,12 +23,14 @@ TRAIN_ONLY = {
     *("quantize", "epochs", "lr", "schedule", "optimizer", "momentum", "batch_size", "weight_decay", "warmup"),
     *("scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
-PTQ_ONLY = {"algorithm"}
+PTQ_ONLY = {"algorithm", "max_length"}
+ALGORITHMS = ("budgeted", "projection", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
+TEXT = ("sts", "text")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to do, from data to run folder. Lengths are in images, epochs or steps; bits are bits.
+    """What to do, from data to run folder. Lengths are in images (or sentences), epochs or steps; bits are bits.
 
     `acc_bits`: "12", or "PATTERN=32" for the layers whose name matches. `keep`: "PATTERN=8" or "PATTERN=float";
     empty means what a built-in model says (first and last layer at 8 bits). `quantize`: False trains the float network.
@@ -44,6 +46,7 @@ class Settings:
     normalize: str = "imagenet"
     val_size: int = 0
     limit_train: int | None = None
+    max_length: int = 128
     model: str = "resnet20"
     width: float = 1.0
     checkpoint: str | None = None
@@ -87,7 +90,7 @@ class Settings:
         _one_of("normalize", self.normalize, ("imagenet", "cifar10", "none"))
         _one_of("optimizer", self.optimizer, ("sgd", "adam"))
         _one_of("init", self.init, get_args(Init))
-        _one_of("algorithm", self.algorithm, ("budgeted", "projection"))
+        _one_of("algorithm", self.algorithm, ALGORITHMS)
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("val_size", "weight_decay", "distill"):
@@ -100,13 +103,18 @@ class Settings:
         for name, high in (("warmup", 1), ("momentum", 0.999), ("crop_pad", 0.5), ("seed", 2**63 - 1)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [0, {high}], not {getattr(self, name)}")
+        _at_least("max_length", self.max_length, 2)
+        if (self.data in TEXT) != self.model.startswith("hf:"):
+            raise ValueError(
+                f"data {', '.join(TEXT)} and model hf:NAME need each other, not {self.data!r}, {self.model!r}"
+            )
+        if self.data in TEXT and (self.command == "train" or self.val_size or self.limit_train is not None):
+            raise ValueError(f"data {self.data!r} is for ptq, without val_size and limit_train")
         Schedule.parse(self.schedule)
         if self.command == "ptq" and not self.quantize:
             raise ValueError("ptq quantizes; quantize cannot be false")
-        if self.command == "ptq" and self.algorithm == "budgeted" and self.method not in ("projected", "baseline"):
-            raise ValueError(f"method {self.method!r} chooses its own integers: it needs algorithm 'projection'")
-        if self.command == "ptq" and self.algorithm == "budgeted" and self.bias_correct:
-            raise ValueError("algorithm 'budgeted' corrects biases itself: bias_correct needs algorithm 'projection'")
+        if self.command == "ptq" and self.algorithm != "projection":
+            self._refuse_unfit()
         if self.init == "ptq":
             self._check_reconstruction()
         self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
@@ -121,6 +129,18 @@ class Settings:
                 raise ValueError(f"init 'ptq' needs method projected or baseline, not {method!r}")
         if self.bias_correct:
             raise ValueError("init 'ptq' corrects biases itself: bias_correct needs another init")
+
+    def _refuse_unfit(self) -> None:
+        """What the algorithms that choose integers by outputs do not go with."""
+        algorithm, method = self.algorithm, self.method
+        if method not in ("projected", "baseline"):
+            raise ValueError(f"method {method!r} chooses its own integers: it needs algorithm 'projection'")
+        if algorithm in ("gptq", "gpfq") and method != "baseline":
+            raise ValueError(f"algorithm {algorithm!r} knows no accumulator: it needs method 'baseline'")
+        if algorithm.startswith("axe") and (method, self.preload) != ("projected", "none"):
+            raise ValueError(f"algorithm {algorithm!r} needs method projected and no free preload")
+        if self.bias_correct:
+            raise ValueError(f"algorithm {algorithm!r} corrects biases itself: bias_correct needs 'projection'")
 
     @property
     def spec(self) -> Spec:

@@ -1,4 +1,4 @@
-"""What a network is trained for and judged by: classification, or super-resolution."""
+"""What a network is trained for and judged by: classification, super-resolution; text is only judged."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Task:
+class Metric:
+    """metric: its key in `result.json`; name, unit: as people write it."""
+
+    metric: str
+    name: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Task(Metric):
     """The functions that tell one task from another. `output` is a network's, [B, ...] float; B counts images.
 
-    metric: its key in `result.json`; name, unit: as people write it. augment: (pixels, labels, share of the padding,
+    augment: (pixels, labels, share of the padding,
     side of a crop, generator) -> a training batch. target: labels -> what `loss` and `score` compare an output with.
     check: raises `ValueError` where an output has another shape than the target needs. loss: (output, target) ->
     scalar. distance: (output, the teacher's) -> scalar. score: (output, target) -> [B], whose mean over all images is
     the metric.
     """
 
-    metric: str
-    name: str
-    unit: str
     augment: Callable[[Tensor, Tensor, float, int, torch.Generator], tuple[Tensor, Tensor]]
     target: Callable[[Tensor], Tensor]
     check: Callable[[Tensor, Tensor], None]

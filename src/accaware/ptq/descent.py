@@ -9,7 +9,7 @@ A move changes one integer by one, or two integers by one each, so that a full b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class Problem:
     """What R rows in G groups of consecutive ones, each with inputs of its own, should give, and their budget.
 
     gram: H [G, K, K], positive definite; cross: c [R, K]; both float64. tiles: [K] int64, the tile of each tap, from 0;
-    `budget` holds for each tile of each row. qmax: the largest |q|.
+    `budget` holds for each tile of each row. qmax: the largest |q|. mixed: [G, K, K], where GPFQ needs it: the moments
+    of the inputs (first) with those of the float network.
     """
 
     gram: Tensor
@@ -37,10 +38,19 @@ class Problem:
     tiles: Tensor
     budget: Budget
     qmax: int
+    mixed: Tensor | None = None
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """[R, ...] -> [G, R/G, ...]."""
+        return rows.unflatten(0, (len(self.gram), -1))
+
+    def repeated(self, times: int) -> Problem:
+        """The same with each row so many times in a row."""
+        return replace(self, cross=self.cross.repeat_interleave(times, 0))
 
     def times(self, w: Tensor) -> Tensor:
         """H w for every row; w: [R, K]."""
-        return (w.reshape(len(self.gram), -1, w.shape[1]) @ self.gram).reshape(w.shape)
+        return (self.grouped(w) @ self.gram).flatten(0, 1)
 
     def best_scale(self, q: Tensor, otherwise: Tensor) -> Tensor:
         """s = q.c / q.H q, which minimises the error of q, rounded to float32; `otherwise` where that is not positive.

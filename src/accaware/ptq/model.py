@@ -5,29 +5,41 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from accaware.initialise import norms
+from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantLayer
 from accaware.prepare import quant_layers
 from accaware.projections import project_integers
+from accaware.ptq.axe import at_best_scale
 from accaware.ptq.descent import Problem, descend, output_error
+from accaware.ptq.gpfq import gpfq
+from accaware.ptq.gptq import gptq
 from accaware.ptq.moments import Moments
 from accaware.quantizers.projected import BaselineQuantizer
 from accaware.trace import evaluating
 
-__all__ = ["reconstruct"]
+__all__ = ["ALGORITHMS", "reconstruct"]
+
+Algorithm = Literal["budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq"]
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+_TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
+_ROUNDING = 1e-5  # of sums in float32, relative
 _RATIOS = torch.logspace(-1.6, 1.5, 94, base=2.0, dtype=torch.float64)  # candidate scales, relative to max|w| / qmax
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> None:
+def reconstruct(
+    model: nn.Module, reference: nn.Module, batches: Iterable[Any], algorithm: Algorithm = "budgeted"
+) -> None:
     """Choose the integers of a prepared model by the outputs that they give, in place and without labels or training.
 
     Layer by layer, in the order in which they run, the integers and scales minimise the squared distance between the
@@ -37,26 +49,31 @@ def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any]) 
 
     model: prepared and calibrated, with methods "projected" or "baseline", before any `bias_correct`. reference: the
     float network that it was made from, with the same names of layers. batches: as for `calibrate`; iterated once for
-    each layer, up to which both networks run: memory holds the moments of one layer. Raises `ValueError` for a model
-    that is not calibrated, another method, one scale for all channels, layers that the reference lacks, and no data.
+    each layer, up to which both networks run: memory holds the moments of one layer. algorithm: how the integers are
+    chosen: by our "budgeted", by its rivals "axe-gptq" and "axe-gpfq", or by plain "gptq" and "gpfq", which know no
+    accumulator and need method "baseline". Raises `ValueError` for another algorithm, a model that is not calibrated,
+    another method, one scale for all channels, layers that the reference lacks, and no data.
     """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
     layers = {name: layer for name, layer in quant_layers(model).items() if layer.inside}
     floats = dict(reference.named_modules())
     for name, layer in layers.items():
-        _refuse_unfit(name, layer, floats.get(name))
+        _refuse_unfit(name, layer, floats.get(name), algorithm)
     following = dict(norms(model)) if any(layer.bias is None for layer in layers.values()) else {}
     with evaluating(model), evaluating(reference):
         for name, calls in _calls(model, layers, batches).items():
             layer = layers[name]
             if getattr(layer, "transposed", False):
                 continue
-            moments = _collect(model, reference, batches, layer, floats[name], calls)
+            moments = Moments(layer, floats[name], mixing=algorithm.endswith("gpfq"))
+            _collect(moments, model, reference, batches, calls)
             norm = following.get(layer) if calls == 1 and layer.bias is None else None
-            _choose(layer, moments.finish(centred=norm is not None or layer.bias is not None))
+            _choose(layer, moments.finish(centred=norm is not None or layer.bias is not None), algorithm)
             _correct(layer, moments, norm)
 
 
-def _refuse_unfit(name: str, layer: QuantLayer, reference: nn.Module | None) -> None:
+def _refuse_unfit(name: str, layer: QuantLayer, reference: nn.Module | None, algorithm: str) -> None:
     if type(reference) not in LAYERS:
         raise ValueError(f"{name}: the reference has no such float layer")
     if not isinstance(layer.weight_quant, BaselineQuantizer) or not layer.spec.per_channel:
@@ -66,6 +83,10 @@ def _refuse_unfit(name: str, layer: QuantLayer, reference: nn.Module | None) -> 
         )
     if layer.input_quant.codes is None:
         raise ValueError(f"{name}: not calibrated; call calibrate(model, batches) first")
+    if algorithm in _TAP_BY_TAP and layer.spec.method != "baseline":
+        raise ValueError(f"{name}: algorithm {algorithm!r} knows no accumulator: it needs method 'baseline'")
+    if algorithm.startswith("axe") and (layer.spec.method, layer.spec.preload) != ("projected", "none"):
+        raise ValueError(f"{name}: algorithm {algorithm!r} needs method projected and no free preload")
     layer.bind()
 
 
@@ -73,10 +94,9 @@ class _Reached(Exception):  # noqa: N818 -- no error
     """The layer has seen the batch: what comes after it need not run."""
 
 
-def _run(network: nn.Module, batch: Any) -> None:
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+def _run(network: nn.Module, inputs: Any) -> None:
     with suppress(_Reached):
-        network(inputs.to(next(network.parameters()).device))
+        call(network, inputs)
 
 
 def _calls(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[Any]) -> Counter[str]:
@@ -88,8 +108,8 @@ def _calls(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[An
 
     hooks = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
     try:
-        for batch in batches:
-            _run(model, batch)
+        for inputs in feeds(batches, next(model.parameters()).device):
+            _run(model, inputs)
             return seen
     finally:
         for hook in hooks:
@@ -97,51 +117,55 @@ def _calls(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[An
     raise ValueError("reconstruct needs at least one batch")
 
 
-def _collect(
-    model: nn.Module, reference: nn.Module, batches: Iterable[Any], layer: QuantLayer, original: nn.Module, calls: int
-) -> Moments:
+def _collect(moments: Moments, model: nn.Module, reference: nn.Module, batches: Iterable[Any], calls: int) -> None:
     """Run both networks up to the last call of the layer, and of the float layer that it was made from."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
+    layer = moments.layer
+    inputs: list[tuple[Tensor, ...]] = []
+    originals: list[tuple[Tensor, ...]] = []
 
-    def note(found: list[Tensor], value: Tensor) -> None:
-        found.append(value)
+    def note(found: list[tuple[Tensor, ...]], *values: Tensor) -> None:
+        found.append(values)
         if len(found) == calls:
             raise _Reached
 
-    moments = Moments(layer, original)
     hooks = [
         layer.register_forward_pre_hook(lambda _, args: note(inputs, args[0])),
-        original.register_forward_hook(lambda _, args, out: note(outputs, out)),
+        moments.reference.register_forward_hook(lambda _, args, out: note(originals, args[0], out)),
     ]
     try:
-        for batch in batches:
-            _run(model, batch)
-            _run(reference, batch)
+        for feed in feeds(batches, next(model.parameters()).device):
+            _run(model, feed)
+            _run(reference, feed)
             while inputs:
-                moments.add(layer.input_quant(inputs.pop()), outputs.pop())
+                moments.add(layer.input_quant(*inputs.pop()), *originals.pop())
     finally:
         for hook in hooks:
             hook.remove()
     if not moments.count:
         raise ValueError("reconstruct iterates over the batches many times, which this iterator does not allow")
-    return moments
 
 
-def _choose(layer: QuantLayer, moments: Moments) -> None:
-    """Give the layer the integers and scales of the smallest output error that the descent finds."""
+def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
+    """Give the layer the integers and scales of the smallest output error that the algorithm finds."""
     weight, cross = cast(Tensor, moments.reference.weight).double(), moments.cross
     power = moments.gram.diagonal(dim1=1, dim2=2)
-    # Taps that no input tells anything about stay near their float weights.
-    damping = _DAMPING * power.mean(-1).clamp(min=1e-12).view(-1, 1, 1)
-    gram = moments.gram + damping * torch.eye(power.shape[1], dtype=power.dtype, device=power.device)
+    # Taps that no input tells anything about stay near their float weights. Where inputs are all but constant, moments
+    # about their means are rounding errors of the squares.
+    least = _ROUNDING * moments.x.square().mean(-1) + 1e-14
+    damping = torch.maximum(_DAMPING * power.mean(-1), least).view(-1, 1, 1)
+    damped = damping * torch.eye(power.shape[1], dtype=power.dtype, device=power.device)
+    mixed = moments.mixed + damped if moments.mixing else None
     cross = (cross + damping * weight.reshape(cross.shape)).flatten(0, 1)
     quantizer, rows = layer.weight_quant, layer.rows
     assert quantizer.budget is not None
     parts = torch.arange(rows.parts, device=weight.device).view(1, -1, 1)
     tiles = rows.merge(parts.expand_as(rows.split(weight)))[0].flatten()
-    problem = Problem(gram, cross, tiles, quantizer.budget, quantizer.form.hi)
-    q, scale = descend(*_start(layer, problem, weight), problem)
+    problem = Problem(moments.gram + damped, cross, tiles, quantizer.budget, quantizer.form.hi, mixed)
+    if algorithm == "budgeted":
+        q, scale = descend(*_start(layer, problem, weight), problem)
+    else:
+        solve = partial(_TAP_BY_TAP[algorithm.removeprefix("axe-")], bounded=algorithm.startswith("axe"))
+        q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, _RATIOS)
     quantizer.set_step(scale.unsqueeze(-1))
     layer.weight.copy_((q * scale).reshape(weight.shape))  # so that the quantizer finds these integers
 

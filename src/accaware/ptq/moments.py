@@ -17,16 +17,18 @@ class Moments:
     """Moments of a layer's inputs, and of the outputs of the float layer `reference` that it was made from.
 
     For G groups of R outputs that sum K taps, in float64: gram [G, K, K], cross (outputs by taps) [G, R, K], the taps'
-    x [G, K], the outputs' y [G, R] and their power [G, R]. The layer's bias is no part of the outputs. Sums over
+    x [G, K], the outputs' y [G, R] and their power [G, R]. The layer's bias is no part of the outputs. If `mixing`,
+    also mixed [G, K, K], of the inputs with those of the float layer, whose means are `originals` [G, K]. Sums over
     `count` positions while they are collected, means after `finish`.
     """
 
-    def __init__(self, layer: QuantLayer, reference: nn.Module) -> None:
-        self.layer, self.reference, self.count = layer, reference, 0
+    def __init__(self, layer: QuantLayer, reference: nn.Module, mixing: bool = False) -> None:
+        self.layer, self.reference, self.mixing, self.count = layer, reference, mixing, 0
         self.gram = self.cross = self.x = self.y = self.power = torch.zeros((), dtype=torch.float64)
+        self.mixed = self.originals = self.x
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x: inputs of the layer, y: outputs of the float layer, for the same images."""
+    def add(self, x: Tensor, original: Tensor, y: Tensor) -> None:
+        """x: inputs of the layer; original, y: inputs and outputs of the float layer, for the same images."""
         taps = _taps(self.layer, x)
         bias = cast(Tensor | None, self.reference.bias)
         y = y if bias is None else y - self.layer._along_channels(bias)
@@ -38,15 +40,21 @@ class Moments:
         self.y = self.y.to(taps.device) + y.sum(1, dtype=torch.float64)
         self.power = self.power.to(taps.device) + y.square().sum(1, dtype=torch.float64)
         self.count += taps.shape[1]
+        if self.mixing:
+            others = _taps(self.layer, original)
+            self.mixed = self.mixed.to(taps.device) + (taps.mT @ others).double()
+            self.originals = self.originals.to(taps.device) + others.sum(1, dtype=torch.float64)
 
     def finish(self, centred: bool) -> Moments:
         """Sums to means; `centred`: second moments about the means."""
-        for name in ("gram", "cross", "x", "y", "power"):
+        for name in ("gram", "cross", "x", "y", "power", "mixed", "originals"):
             setattr(self, name, getattr(self, name) / self.count)
         if centred:
             self.gram = self.gram - self.x.unsqueeze(2) * self.x.unsqueeze(1)
             self.cross = self.cross - self.y.unsqueeze(2) * self.x.unsqueeze(1)
             self.power = self.power - self.y.square()
+            if self.mixing:
+                self.mixed = self.mixed - self.x.unsqueeze(2) * self.originals.unsqueeze(1)
         return self
 
 
