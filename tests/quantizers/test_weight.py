@@ -45,6 +45,19 @@ def test_search_finds_the_scale_of_smallest_error(method, per_channel, weighted)
         assert bool((best <= 1.05 * error(base * ratio)).all()), ratio
 
 
+@pytest.mark.parametrize("method", ["projected", "a2q", "a2q+"])
+def test_finer_codes_lose_nothing_where_the_budget_is_narrow(method):
+    """Integers of 8 bits hold those of 4, at the scale that these choose."""
+    rows = torch.randn(4, 1, 144)
+    errors = []
+    for bits in (4, 8):
+        ours = weight_quantizer(Spec(bits, 4, 9, method), 4, 1)
+        ours.bind(U4, budget(U4, Accumulator(9)), None)
+        ours.initialise(rows, None, "search")
+        errors.append((ours.start(rows) - rows).square().sum())
+    assert errors[1] <= 1.02 * errors[0]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("init", ["none", "ep"])
 def test_without_a_search_the_largest_weight_is_the_last_code(method, init):

@@ -23,6 +23,7 @@ from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
 from accaware.ptq.moments import Moments
 from accaware.quantizers.projected import BaselineQuantizer
+from accaware.quantizers.weight import scale_ratios
 from accaware.trace import evaluating
 
 __all__ = ["ALGORITHMS", "reconstruct"]
@@ -33,7 +34,6 @@ _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
 _ROUNDING = 1e-5  # of sums in float32, relative
-_RATIOS = torch.logspace(-1.6, 1.5, 94, base=2.0, dtype=torch.float64)  # candidate scales, relative to max|w| / qmax
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
         q, scale = descend(*_start(layer, problem, weight), problem)
     else:
         solve = partial(_TAP_BY_TAP[algorithm.removeprefix("axe-")], bounded=algorithm.startswith("axe"))
-        q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, _RATIOS)
+        q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, torch.tensor(scale_ratios(problem.qmax)))
     quantizer.set_step(scale.unsqueeze(-1))
     layer.weight.copy_((q * scale).reshape(weight.shape))  # so that the quantizer finds these integers
 
@@ -178,7 +178,7 @@ def _start(layer: QuantLayer, problem: Problem, weight: Tensor) -> tuple[Tensor,
     u, importance = rows.split(weight), rows.split(power).clamp(min=1e-30)  # what pads a tile has no power
     base = u.abs().amax((1, 2), keepdim=True).clamp(min=1e-10) / problem.qmax
     q, scale, best = torch.zeros_like(problem.cross), base[..., 0], base[:, 0, 0].new_full((len(base),), float("inf"))
-    for ratio in _RATIOS.tolist():
+    for ratio in scale_ratios(problem.qmax):
         codes = rows.merge(project_integers(u / (base * ratio), problem.budget, problem.qmax, importance))
         codes = codes.reshape(-1, fan_in)
         step = problem.best_scale(codes, base[..., 0] * ratio)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +11,19 @@ from accaware.bounds import Budget
 from accaware.formats import IntFormat, Spec
 from accaware.projections import holds, project_integers
 
-__all__ = ["WeightQuantizer"]
+__all__ = ["WeightQuantizer", "scale_ratios"]
 
-_RATIOS = torch.logspace(-1.6, 1.5, 94, base=2.0)  # candidate scales, relative to max|w| / qmax
 _TINY = 1e-10
+
+
+def scale_ratios(qmax: int) -> list[float]:
+    """Scales to try, relative to max|w| / qmax, for integers up to qmax.
+
+    A narrow budget affords few units, so it wants them large: up to max|w|, where nothing but -1, 0 and 1 is left. Fine
+    steps where an ample one has its best scale, coarse ones beyond.
+    """
+    fine, octaves = torch.logspace(-1.6, 1.5, 94, base=2.0), math.log2(qmax)
+    return [*fine.tolist(), *torch.logspace(1.6, octaves, max(0, round(10 * (octaves - 1.5))), base=2.0).tolist()]
 
 
 class WeightQuantizer(nn.Module):
@@ -64,7 +75,7 @@ class WeightQuantizer(nn.Module):
         if init == "search":
             best = torch.full_like(base, float("inf"))
             scale = base.clone()
-            for ratio in _RATIOS.to(rows.device):
+            for ratio in scale_ratios(self.form.hi):
                 self.set_step(base * ratio)
                 error = (self.start(rows) - rows).square()
                 error = (error if importance is None else error * importance).sum((1, 2), keepdim=True)
