@@ -34,20 +34,17 @@ def certify_file(
     network = read(path, dict(map(parse_input, inputs)))
     targets = targets_of(network, target, acc_bits or {})
     shared = next((t for t in targets.values() if isinstance(t, Carried)), next(iter(targets.values()), target))
+    others = [f"{pattern}={bits}" for pattern, bits in (acc_bits or {}).items()]
     return Certificate(
         SCHEMA,
         TOOL,
         network.sha256,
         tuple(_operations(network, targets)),
-        target=shared.name if not acc_bits else f"{shared.name}{OTHER_WIDTHS}{_words(acc_bits)}",
+        target=shared.name + (OTHER_WIDTHS + ", ".join(others) if others else ""),
         assumes=shared.assumes,
         bias=shared.bias,
         inputs=tuple(inputs),
     )
-
-
-def _words(acc_bits: Mapping[str, int]) -> str:
-    return ", ".join(f"{pattern}={bits}" for pattern, bits in acc_bits.items())
 
 
 def file_layers(
