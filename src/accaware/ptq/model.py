@@ -25,7 +25,7 @@ from accaware.ptq.rounding import Nearest
 from accaware.quantizers.projected import BaselineQuantizer
 from accaware.trace import evaluating
 
-__all__ = ["ALGORITHMS", "reconstruct"]
+__all__ = ["ALGORITHMS", "budgeted", "reconstruct"]
 
 ALGORITHMS = ("budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
@@ -161,11 +161,7 @@ def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
     tiles = rows.merge(parts.expand_as(rows.split(weight)))[0].flatten()
     problem = Problem(moments.gram + damped, cross, tiles, quantizer.budget, quantizer.form.hi, mixed)
     if algorithm == "budgeted":
-        q, scale = start(weight.reshape(cross.shape), problem)
-        for _ in range(_SWEEPS):
-            q, scale = sweep(q, scale, problem)
-        if len(q) * (2 * q.shape[1]) ** 2 <= _ALL_PAIRS:
-            q, scale = descend(q, scale, problem)
+        q, scale = budgeted(weight.reshape(cross.shape), problem)
     else:
         solve = partial(
             _TAP_BY_TAP[algorithm.removeprefix("axe-")], kind=Axe if algorithm.startswith("axe") else Nearest
@@ -173,6 +169,14 @@ def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
         q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, _ratios(problem.qmax))
     quantizer.set_step(scale.unsqueeze(-1))
     layer.weight.copy_((q * scale).reshape(weight.shape))  # so that the quantizer finds these integers
+
+
+def budgeted(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Integers within the budget [R, K] and scales [R, 1], of small output error. weight: the float ones, [R, K]."""
+    q, scale = start(weight, problem)
+    for _ in range(_SWEEPS):
+        q, scale = sweep(q, scale, problem)
+    return descend(q, scale, problem) if len(q) * (2 * q.shape[1]) ** 2 <= _ALL_PAIRS else (q, scale)
 
 
 def _ratios(qmax: int) -> Tensor:

@@ -17,7 +17,7 @@ from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.gptq import gptq
 from accaware.ptq.rounding import BLOCK, Exact
 
-__all__ = ["start", "sweep"]
+__all__ = ["first_scale", "start", "sweep"]
 
 _FACTORS = (0.0, -0.25, -0.5, 0.25, 0.5)  # log2 of the scales that are tried, relative to the projection's
 _STEPS = (40, 15)  # gradients from a cold start, and from the solution at another scale
@@ -50,10 +50,13 @@ class _Tiles:
     def shrink(self, v: Tensor, scale: Tensor) -> Tensor:
         """The nearest real weights within the budget at this scale, to a few steps of Newton's method. v: [R, K]."""
         x = self.split(v)
+        parts: list[tuple[Tensor, int, Tensor]] = []
         if self.nearest.l1 is not None:
-            parts = [(x.abs(), self.nearest.l1, x.sign())]
+            parts.append((x.abs(), self.nearest.l1, x.sign()))
         else:
-            parts = [(x.clamp(min=0), self.caps[0], 1.0), ((-x).clamp(min=0), self.caps[1], -1.0)]
+            for cap, side in zip(self.caps, (1, -1), strict=True):
+                assert cap is not None
+                parts.append(((side * x).clamp(min=0), cap, x.new_tensor(side)))
         out, step = torch.zeros_like(x), scale.unsqueeze(-1)
         for size, cap, sign in parts:
             threshold = torch.zeros_like(size[..., :1])
@@ -69,7 +72,7 @@ def start(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Integers within the budget [R, K], and scales [R, 1], of small output error. weight: the float ones, [R, K]."""
     tiles, gram = _Tiles(problem), problem.gram
     target = torch.cholesky_solve(problem.grouped(problem.cross).mT, torch.linalg.cholesky(gram)).mT.flatten(0, 1)
-    base = _first_scale(weight, problem, tiles)
+    base = first_scale(weight, problem)
     lipschitz = _largest_eigenvalue(gram).repeat_interleave(len(weight) // len(gram)).view(-1, 1)
     v, best = target, torch.full_like(base, float("inf"))
     q, scale = torch.zeros_like(weight), base
@@ -84,8 +87,9 @@ def start(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def _first_scale(weight: Tensor, problem: Problem, tiles: _Tiles) -> Tensor:
+def first_scale(weight: Tensor, problem: Problem) -> Tensor:
     """That at which the projection of the weights has the smallest output error, of a coarse grid; [R, 1]."""
+    tiles = _Tiles(problem)
     power = problem.gram.diagonal(dim1=1, dim2=2).repeat_interleave(len(weight) // len(problem.gram), 0)
     importance = tiles.split(power).clamp(min=1e-30)
     base = weight.abs().amax(-1, keepdim=True).clamp(min=1e-10) / problem.qmax
@@ -115,8 +119,9 @@ def _largest_eigenvalue(gram: Tensor) -> Tensor:
     x = torch.ones_like(gram[:, :, :1])
     for _ in range(30):
         x = gram @ x
-        x = x / x.norm(dim=1, keepdim=True)
-    return 1.1 * (gram @ x).norm(dim=1).flatten()
+        x /= torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    largest: Tensor = torch.linalg.vector_norm(gram @ x, dim=(1, 2))
+    return 1.1 * largest
 
 
 def sweep(q: Tensor, scale: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
