@@ -10,6 +10,7 @@ import torch
 from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat
 from accaware.projections import holds, project_integers
+from accaware.ptq import relaxed
 from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.relaxed import _largest_eigenvalue, _relax, _Tiles, start, sweep
 
@@ -40,7 +41,8 @@ def safe(q, problem):
 
 @pytest.mark.parametrize("tiles", [[0] * 12, [0, 1, 2] * 4, [0] * 5 + [1] * 5 + [2] * 2])
 @pytest.mark.parametrize("name", BUDGETS)
-def test_the_start_is_safe_and_near_and_sweeps_lower_its_error(name, tiles):
+def test_the_start_is_safe_and_near_and_sweeps_lower_its_error(name, tiles, monkeypatch):
+    monkeypatch.setattr(relaxed, "BLOCK", 5)
     problem, w = problem_of(BUDGETS[name], tiles)
     q, scale = start(w, problem)
     assert safe(q, problem)
