@@ -177,9 +177,10 @@ def _start(layer: QuantLayer, problem: Problem, weight: Tensor) -> tuple[Tensor,
     power = power.repeat_interleave(len(weight) // len(power), 0).reshape(weight.shape)
     u, importance = rows.split(weight), rows.split(power).clamp(min=1e-30)  # what pads a tile has no power
     base = u.abs().amax((1, 2), keepdim=True).clamp(min=1e-10) / problem.qmax
+    budget = problem.budget.simple  # descent spends the rest
     q, scale, best = torch.zeros_like(problem.cross), base[..., 0], base[:, 0, 0].new_full((len(base),), float("inf"))
     for ratio in _RATIOS.tolist():
-        codes = rows.merge(project_integers(u / (base * ratio), problem.budget, problem.qmax, importance))
+        codes = rows.merge(project_integers(u / (base * ratio), budget, problem.qmax, importance))
         codes = codes.reshape(-1, fan_in)
         step = problem.best_scale(codes, base[..., 0] * ratio)
         error = output_error(codes, step, problem)
