@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat
 from accaware.projections import holds, project_integers
 from accaware.ptq import axe
-from accaware.ptq.axe import at_best_scale
+from accaware.ptq.axe import Axe, at_best_scale
 from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
+from accaware.ptq.rounding import Exact, Nearest
 
 LOOSE = Accumulator(40)
 
@@ -111,14 +114,14 @@ def test_it_does_what_the_formulas_say(solve, tiles, codes, bits, monkeypatch):
     for seed in range(10):
         problem, w = problem_of(codes, register or LOOSE, tiles, seed=seed)
         scale = w.abs().amax(-1, keepdim=True) / 5
-        found = solve(w, scale, problem, register is not None)
+        found = solve(w, scale, problem, Nearest if register is None else Axe)
         for row, (weights, s) in enumerate(zip(w.numpy(), scale[:, 0].tolist(), strict=True)):
             rounding = Slow(weights.tolist(), s, problem.tiles.tolist(), codes, register, problem.qmax)
             moments = [problem.gram[row // 2].numpy(), problem.mixed[row // 2].numpy()]
             wanted = slow_gptq(weights, s, moments[0], rounding) if solve is gptq else None
             wanted = slow_gpfq(weights, s, *moments, rounding) if solve is gpfq else wanted
             assert found[row].tolist() == wanted.tolist()
-        bound += int((found != solve(w, scale, problem, False)).any(1).sum())
+        bound += int((found != solve(w, scale, problem, Nearest)).any(1).sum())
     assert bound >= 20 or bits is None  # the budgets were felt
 
 
@@ -128,14 +131,16 @@ def test_a_case_worked_by_hand():
     GPTQ rounds 1.6 to 2, e = -0.4, and makes 2.4 into 2.4 - (-0.4)(-1) = 2.0. GPFQ with G = H rounds 1.6 to 2, and then
     2.4 + (1.6 - 2) = 2.0. With codes [0, 1] and P = 3, M = 3: the centred weights (-0.4, 0.4) lie in the ball, the
     first tap is clamped to 2.5 and becomes 2, the second to 3 - 2 - 1/2 = 0.5 and becomes 0.
+    The exact budget leaves it 1.
     """
     gram = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
     w, one = torch.tensor([[1.6, 2.4]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     tiles = torch.zeros(2, dtype=torch.int64)
     problem = Problem(gram, w @ gram[0], tiles, budget(IntFormat.unsigned(1), Accumulator(3)), 7, gram)
     for solve in (gptq, gpfq):
-        assert solve(w, one, problem, False).tolist() == [[2, 2]]
-        assert solve(w, one, problem, True).tolist() == [[2, 0]]
+        assert solve(w, one, problem, Nearest).tolist() == [[2, 2]]
+        assert solve(w, one, problem, Axe).tolist() == [[2, 0]]
+        assert solve(w, one, problem, Exact).tolist() == [[2, 1]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,14 +152,14 @@ def test_a_case_worked_by_hand():
     qmax=st.sampled_from([1, 7, 127]),
     seed=st.integers(0, 10**6),
 )
-def test_axe_stays_within_the_exact_budget(lo, hi, bits, tiles, qmax, seed):
+def test_integers_stay_within_the_exact_budget(lo, hi, bits, tiles, qmax, seed):
     codes = IntFormat(lo, hi)
     if codes.span == 0 or max(hi, -lo) > 2 ** (bits - 1) - 1:
         return
     problem, w = problem_of(codes, Accumulator(bits), tiles, qmax=qmax, seed=seed)
     scale = w.abs().amax(-1, keepdim=True) / qmax
-    for solve in (gptq, gpfq):
-        q = solve(w, scale, problem)
+    for solve, kind in itertools.product((gptq, gpfq), (Axe, Exact)):
+        q = solve(w, scale, problem, kind)
         assert torch.equal(q, q.round())
         assert float(q.abs().max()) <= qmax
         for tile in problem.tiles.unique():
@@ -167,8 +172,8 @@ def test_axe_stays_within_the_exact_budget(lo, hi, bits, tiles, qmax, seed):
 def test_taps_without_correlation_are_rounded_to_nearest(solve):
     problem, w = problem_of(CODES["unsigned"], LOOSE, None, diagonal=True)
     scale = w.abs().amax(-1, keepdim=True) / 5
-    for bounded in (False, True):
-        assert torch.equal(solve(w, scale, problem, bounded), (w / scale).round())
+    for kind in (Nearest, Exact, Axe):
+        assert torch.equal(solve(w, scale, problem, kind), (w / scale).round())
 
 
 @pytest.mark.parametrize("solve", [gptq, gpfq])
@@ -179,7 +184,7 @@ def test_feedback_lowers_the_error_of_rounding(solve):
     problem = Problem(problem.gram, cross, problem.tiles, problem.budget, problem.qmax, problem.mixed)
     power = (w * problem.times(w)).sum(-1)
     near, fed = (
-        output_error(q, scale, problem) / power for q in ((w / scale).round(), solve(w, scale, problem, False))
+        output_error(q, scale, problem) / power for q in ((w / scale).round(), solve(w, scale, problem, Nearest))
     )
     assert float(fed.mean() + 1) < 0.8 * float(near.mean() + 1)
 
@@ -188,11 +193,11 @@ def test_the_scale_of_least_error_is_taken(monkeypatch):
     problem, w = problem_of(CODES["unsigned"], Accumulator(5), None, rows=6)
     ratios = torch.tensor([0.5, 0.7, 1.0, 1.4, 2.0, 2.8], dtype=torch.float64)
     base = w.abs().amax(-1, keepdim=True) / problem.qmax
-    each = torch.stack([output_error(gptq(w, base * r, problem), base * r, problem) for r in ratios])
+    each = torch.stack([output_error(gptq(w, base * r, problem, Axe), base * r, problem) for r in ratios])
     assert len(each.argmin(0).unique()) > 1
     for at_once in (1 << 24, 2 * w.numel()):
         monkeypatch.setattr(axe, "_ELEMENTS", at_once)
-        q, scale = at_best_scale(gptq, w, problem, ratios)
+        q, scale = at_best_scale(partial(gptq, kind=Axe), w, problem, ratios)
         torch.testing.assert_close(scale, base * ratios[each.argmin(0)].unsqueeze(1))
         torch.testing.assert_close(output_error(q, scale, problem), each.amin(0))
 
@@ -200,4 +205,4 @@ def test_the_scale_of_least_error_is_taken(monkeypatch):
 def test_axe_knows_no_free_preload():
     problem, w = problem_of(CODES["unsigned"], Accumulator(5, preload="free"), None)
     with pytest.raises(ValueError, match="AXE knows no free preload"):
-        gptq(w, torch.ones(4, 1, dtype=torch.float64), problem)
+        gptq(w, torch.ones(4, 1, dtype=torch.float64), problem, Axe)

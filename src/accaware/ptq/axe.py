@@ -20,66 +20,43 @@ from torch import Tensor
 
 from accaware.projections import simplex_threshold
 from accaware.ptq.descent import Problem, output_error
+from accaware.ptq.rounding import Exact, least
 
-__all__ = ["BLOCK", "Rounding", "at_best_scale", "reordered"]
+__all__ = ["Axe", "at_best_scale"]
 
-BLOCK = 128  # taps that are rounded before the others hear of it
 _ELEMENTS = 1 << 24  # weights of candidates that are solved at once
 
 
-class Rounding:
-    """The state of R rows in G groups on their way through their taps. `bounded`: with AXE, else to nearest alone."""
+class Axe(Exact):
+    """AXE's two steps. What they cut off is not made up for, as published."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, problem: Problem, bounded: bool) -> None:
-        """weight: [R, K]; scale: [R, 1]."""
+    def __init__(self, weight: Tensor, scale: Tensor, problem: Problem) -> None:
+        super().__init__(weight, scale, problem)
         budget = problem.budget
-        self.scale, self.qmax, self.bounded = problem.grouped(scale).squeeze(-1), problem.qmax, bounded
-        if not bounded:
-            return
         if budget.hi is None:
             raise ValueError("AXE knows no free preload: it needs preload 'none'")
-        self.up, self.down, self.limit = budget.up, budget.down, budget.hi
+        self.below.fill_(budget.hi)
         radius = 2 * budget.hi / (budget.up + budget.down)
-        count = int(problem.tiles.max()) + 1
-        soft = [_threshold((weight / scale)[:, problem.tiles == tile], radius) for tile in range(count)]
+        tiles = range(self.above.shape[-1])
+        soft = [_threshold((weight / scale)[:, problem.tiles == tile], radius) for tile in tiles]
         self.soft = problem.grouped(torch.cat(soft, -1))
-        self.p, self.n = torch.zeros_like(self.soft), torch.zeros_like(self.soft)
-        self.groups = torch.arange(len(problem.gram), device=weight.device)
 
     def __call__(self, v: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """What is rounded (without AXE: v) and the integers. v: [G, R/G], a tap of each row; tile: that tap's, [G]."""
-        z = v / self.scale
-        if not self.bounded:
-            return v, z.round().clamp_(-self.qmax, self.qmax)
+        """As in `Nearest`."""
         at = (self.groups, slice(None), tile)
-        p, n = self.p[at], self.n[at]
+        above, below, z = self.above[at], self.below[at], v / self.scale
         z = z.sign() * (z.abs() - self.soft[at]).clamp_(min=0)
-        above = self.limit - self.up * p + self.down * n
-        below = self.limit - self.down * p + self.up * n
-        z = torch.minimum(z, (_least(above, self.up, below, self.down) - 0.5).clamp_(min=0))
-        z = torch.maximum(z, -(_least(below, self.up, above, self.down) - 0.5).clamp_(min=0))
+        z = torch.minimum(z, (least(above, self.up, below, self.down) - 0.5).clamp_(min=0))
+        z = torch.maximum(z, -(least(below, self.up, above, self.down) - 0.5).clamp_(min=0))
         q = z.round().clamp_(-self.qmax, self.qmax)
-        self.p[at], self.n[at] = p + q.clamp(min=0), n + q.clamp(max=0)
+        self.spend(q, tile)
         return z * self.scale, q
-
-
-def reordered(matrix: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of each group's matrix [G, K, K] in the order [G, K]."""
-    rows = matrix.gather(1, order.unsqueeze(2).expand_as(matrix))
-    return rows.gather(2, order.unsqueeze(1).expand_as(matrix))
 
 
 def _threshold(u: Tensor, radius: float) -> Tensor:
     """What takes |u - mean u| onto the l1 ball: 0 inside. u: [R, T], returns [R, 1]."""
     size = (u - u.mean(-1, keepdim=True)).abs()
     return simplex_threshold(size, torch.full_like(size[:, :1], radius)).clamp_(min=0)
-
-
-def _least(a: Tensor, x: int, b: Tensor, y: int) -> Tensor:
-    """min(a / x, b / y), without what would be divided by 0."""
-    if not (x and y):
-        return a / x if x else b / y
-    return torch.minimum(a / x, b / y)
 
 
 def at_best_scale(
@@ -91,7 +68,7 @@ def at_best_scale(
     """
     base = weight.abs().amax(-1, keepdim=True).clamp(min=1e-10) / problem.qmax
     found = []
-    for part in ratios.to(weight).split(max(1, _ELEMENTS // weight.numel())):
+    for part in torch.split(ratios.to(weight), max(1, _ELEMENTS // weight.numel())):
         many = problem.repeated(len(part))
         scale = (base * part).reshape(-1, 1)
         q = solve(weight.repeat_interleave(len(part), 0), scale, many)

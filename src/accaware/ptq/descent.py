@@ -10,13 +10,14 @@ A move changes one integer by one, or two integers by one each, so that a full b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from accaware.bounds import Budget
 
-__all__ = ["Problem", "descend", "output_error"]
+__all__ = ["Problem", "descend", "output_error", "reordered"]
 
 _FIRST = 8  # changes of one integer that are paired with all others before all are
 _PAIRS = 1 << 22  # pairs that are compared at once
@@ -40,9 +41,16 @@ class Problem:
     qmax: int
     mixed: Tensor | None = None
 
+    @cached_property
+    def feedback(self) -> tuple[Tensor, Tensor]:
+        """Taps in the order of falling power, [G, K], and the upper Cholesky factor of H^-1 in that order."""
+        order = self.gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(reordered(self.gram, order).double()))
+        return order, torch.linalg.cholesky(inverse, upper=True).to(self.gram)
+
     def grouped(self, rows: Tensor) -> Tensor:
-        """[R, ...] -> [G, R/G, ...]."""
-        return rows.unflatten(0, (len(self.gram), -1))
+        """[R, K] -> [G, R/G, K]."""
+        return rows.reshape(len(self.gram), -1, rows.shape[1])
 
     def repeated(self, times: int) -> Problem:
         """The same with each row so many times in a row."""
@@ -50,15 +58,21 @@ class Problem:
 
     def times(self, w: Tensor) -> Tensor:
         """H w for every row; w: [R, K]."""
-        return (self.grouped(w) @ self.gram).flatten(0, 1)
+        return torch.matmul(self.grouped(w), self.gram).flatten(0, 1)
 
     def best_scale(self, q: Tensor, otherwise: Tensor) -> Tensor:
         """s = q.c / q.H q, which minimises the error of q, rounded to float32; `otherwise` where that is not positive.
 
         q: [R, K]; otherwise, and what is returned: [R, 1], float64.
         """
-        scale = ((q * self.cross).sum(-1, keepdim=True) / (q * self.times(q)).sum(-1, keepdim=True)).float().double()
+        scale = ((q * self.cross).sum(-1, keepdim=True) / (q * self.times(q)).sum(-1, keepdim=True)).float().to(q)
         return torch.where(scale > 0, scale, otherwise)  # 0/0 is not
+
+
+def reordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of each group's matrix [G, K, K] in the order [G, K]."""
+    rows = matrix.gather(1, order.unsqueeze(2).expand_as(matrix))
+    return rows.gather(2, order.unsqueeze(1).expand_as(rows))
 
 
 def output_error(q: Tensor, scale: Tensor, problem: Problem) -> Tensor:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accaware.ptq.axe import BLOCK, Rounding, reordered
-from accaware.ptq.descent import Problem
+from accaware.ptq.descent import Problem, reordered
+from accaware.ptq.rounding import BLOCK, Nearest
 
 __all__ = ["gpfq"]
 
 
-def gpfq(weight: Tensor, scale: Tensor, problem: Problem, bounded: bool = True) -> Tensor:
+def gpfq(weight: Tensor, scale: Tensor, problem: Problem, kind: type[Nearest]) -> Tensor:
     """Round tap by tap, in the order of falling power; each makes up for the output error of those before.
 
-    With H of the quantized network's inputs and G, `problem.mixed`, of these with the float network's, rounding (after
-    AXE's two steps, if `bounded`) sees v_t = (G_tt w_t + sum_{j<t} (G_tj w_j - s H_tj q_j)) / H_tt.
+    With H of the quantized network's inputs and G, `problem.mixed`, of these with the float network's, what is
+    rounded is v_t = (G_tt w_t + sum_{j<t} (G_tj w_j - s H_tj q_j)) / H_tt.
 
-    weight: [R, K]; scale: [R, 1] > 0. Returns integers [R, K]; without `bounded` they know no budget.
+    weight: [R, K]; scale: [R, 1] > 0; kind: how a tap is rounded. Returns integers [R, K].
     """
     assert problem.mixed is not None
     order = problem.gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)  # [G, K]
     gram, mixed = reordered(problem.gram, order), reordered(problem.mixed, order)
-    rounding, tiles = Rounding(weight, scale, problem, bounded), problem.tiles[order]
+    rounding, tiles = kind(weight, scale, problem), problem.tiles[order]
     steps = problem.grouped(scale)
     place = order.unsqueeze(1).expand_as(problem.grouped(weight))
     w = problem.grouped(weight).gather(2, place)

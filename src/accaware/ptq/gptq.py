@@ -5,24 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accaware.ptq.axe import BLOCK, Rounding, reordered
 from accaware.ptq.descent import Problem
+from accaware.ptq.rounding import BLOCK, Nearest
 
 __all__ = ["gptq"]
 
 
-def gptq(weight: Tensor, scale: Tensor, problem: Problem, bounded: bool = True) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, problem: Problem, kind: type[Nearest]) -> Tensor:
     """Round tap by tap, in the order of falling power; the taps to come make up for each error as well as they can.
 
-    With U the upper Cholesky factor of H^-1 and z what rounding tap t sees (after AXE's two steps, if `bounded`):
-    q_t = round(z), e = (z - q_t) / U_tt, w_{t:} -= e U_{t,t:}. It keeps X w for the inputs that the Gram matrix is of.
+    With U the upper Cholesky factor of H^-1 and z = w_t (what AXE's steps leave of it): q_t = round(z / s),
+    e = (z - s q_t) / U_tt, w_{t:} -= e U_{t,t:}. It keeps X w for the inputs that the Gram matrix is of.
 
-    weight: [R, K]; scale: [R, 1] > 0. Returns integers [R, K]; without `bounded` they know no budget.
+    weight: [R, K]; scale: [R, 1] > 0; kind: how a tap is rounded. Returns integers [R, K].
     """
-    order = problem.gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)  # [G, K]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(reordered(problem.gram, order)))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    rounding, tiles = Rounding(weight, scale, problem, bounded), problem.tiles[order]
+    order, upper = problem.feedback
+    rounding, tiles = kind(weight, scale, problem), problem.tiles[order]
     steps = problem.grouped(scale)
     place = order.unsqueeze(1).expand_as(problem.grouped(weight))
     w = problem.grouped(weight).gather(2, place)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +16,29 @@ from accaware.initialise import norms
 from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantLayer
 from accaware.prepare import quant_layers
-from accaware.projections import project_integers
-from accaware.ptq.axe import at_best_scale
-from accaware.ptq.descent import Problem, descend, output_error
+from accaware.ptq.axe import Axe, at_best_scale
+from accaware.ptq.descent import Problem, descend
 from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
 from accaware.ptq.moments import Moments
+from accaware.ptq.relaxed import start, sweep
+from accaware.ptq.rounding import Nearest
 from accaware.quantizers.projected import BaselineQuantizer
 from accaware.trace import evaluating
 
 __all__ = ["ALGORITHMS", "reconstruct"]
 
-Algorithm = Literal["budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq"]
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+ALGORITHMS = ("budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
 _ROUNDING = 1e-5  # of sums in float32, relative
-_RATIOS = torch.logspace(-1.6, 1.5, 94, base=2.0, dtype=torch.float64)  # candidate scales, relative to max|w| / qmax
+_SWEEPS = 3
+_ALL_PAIRS = 1 << 28  # pairs of moves in a layer, up to which the descent compares them all
 
 
 @torch.no_grad()
-def reconstruct(
-    model: nn.Module, reference: nn.Module, batches: Iterable[Any], algorithm: Algorithm = "budgeted"
-) -> None:
+def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any], algorithm: str = "budgeted") -> None:
     """Choose the integers of a prepared model by the outputs that they give, in place and without labels or training.
 
     Layer by layer, in the order in which they run, the integers and scales minimise the squared distance between the
@@ -182,32 +181,23 @@ def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
     tiles = rows.merge(parts.expand_as(rows.split(weight)))[0].flatten()
     problem = Problem(moments.gram + damped, cross, tiles, quantizer.budget, quantizer.form.hi, mixed)
     if algorithm == "budgeted":
-        q, scale = descend(*_start(layer, problem, weight), problem)
+        q, scale = start(weight.reshape(cross.shape), problem)
+        for _ in range(_SWEEPS):
+            q, scale = sweep(q, scale, problem)
+        if len(q) * (2 * q.shape[1]) ** 2 <= _ALL_PAIRS:
+            q, scale = descend(q, scale, problem)
     else:
-        solve = partial(_TAP_BY_TAP[algorithm.removeprefix("axe-")], bounded=algorithm.startswith("axe"))
-        q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, _RATIOS)
+        solve = partial(
+            _TAP_BY_TAP[algorithm.removeprefix("axe-")], kind=Axe if algorithm.startswith("axe") else Nearest
+        )
+        q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, _ratios(problem.qmax))
     quantizer.set_step(scale.unsqueeze(-1))
     layer.weight.copy_((q * scale).reshape(weight.shape))  # so that the quantizer finds these integers
 
 
-def _start(layer: QuantLayer, problem: Problem, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The optimal projections of the weights, each tap weighted by its power, at the scale of smallest output error."""
-    rows, fan_in = layer.rows, problem.cross.shape[1]
-    power = problem.gram.diagonal(dim1=1, dim2=2)
-    power = power.repeat_interleave(len(weight) // len(power), 0).reshape(weight.shape)
-    u, importance = rows.split(weight), rows.split(power).clamp(min=1e-30)  # what pads a tile has no power
-    base = u.abs().amax((1, 2), keepdim=True).clamp(min=1e-10) / problem.qmax
-    budget = problem.budget.simple  # descent spends the rest
-    q, scale, best = torch.zeros_like(problem.cross), base[..., 0], base[:, 0, 0].new_full((len(base),), float("inf"))
-    for ratio in _RATIOS.tolist():
-        codes = rows.merge(project_integers(u / (base * ratio), budget, problem.qmax, importance))
-        codes = codes.reshape(-1, fan_in)
-        step = problem.best_scale(codes, base[..., 0] * ratio)
-        error = output_error(codes, step, problem)
-        better = error < best
-        q, scale = torch.where(better.unsqueeze(-1), codes, q), torch.where(better.unsqueeze(-1), step, scale)
-        best = torch.minimum(error, best)
-    return q, scale
+def _ratios(qmax: int) -> Tensor:
+    """Candidate scales, relative to max|w| / qmax: budgets that are tight for wide weights want large ones."""
+    return torch.exp2(torch.arange(-1.6, max(1.5, qmax.bit_length() - 1), 1 / 30, dtype=torch.float64))
 
 
 def _correct(layer: QuantLayer, moments: Moments, norm: _BatchNorm | None) -> None:
