@@ -149,6 +149,16 @@ def test_a_budget_with_a_given_start_value_or_negative_codes() -> None:
     assert budget(IntFormat(7, 15), Accumulator(12)) == budget(U4, Accumulator(12))
 
 
+def test_the_simple_budget_is_the_largest_that_knows_only_the_sum() -> None:
+    exact = budget(IntFormat.signed(4), Accumulator(9))
+    size = exact.simple.l1
+    assert size is not None
+    assert all(exact.allows(p, size - p) for p in range(size + 1))
+    assert not all(exact.allows(p, size + 1 - p) for p in range(size + 2))
+    unsigned, one = budget(IntFormat.unsigned(4), Accumulator(9)), budget(IntFormat.signed(4), Accumulator(4))
+    assert (unsigned.simple, one.simple) == (unsigned, one)  # the second would have no unit left
+
+
 def test_allows_takes_arrays() -> None:
     p = np.array([136, 137, 136], np.int32)
     assert budget(U4, Accumulator(12)).allows(p, np.array([136, 0, 137])).tolist() == [True, False, False]

@@ -196,6 +196,17 @@ class Budget:
         """The largest n where the sides do not depend on each other (codes of one sign); None where they do."""
         return self._cap(self.lo, self.hi)
 
+    @property
+    def simple(self) -> Budget:
+        """The largest part of this set that knows only p + n, for signed codes; else, or where that is 0, this one.
+
+        It lacks a unit or so, and a projection onto it need not split it between the signs.
+        """
+        if self.hi is None or self.lo is None or self.positive is not None:
+            return self
+        l1 = min(self.hi, self.lo) // max(self.up, self.down)
+        return Budget(self.up, self.down, l1=l1) if l1 else self
+
     def _cap(self, limit_up: int | None, limit_down: int | None) -> int | None:
         if limit_up is None or limit_down is None or (self.up and self.down):
             return None

@@ -41,6 +41,14 @@ def test_a_point_is_the_mean_over_seeds_of_the_best_pair() -> None:
     assert curve.points[1].spread is None
 
 
+def test_less_perplexity_is_better() -> None:
+    runs = [made_up(value, 10, metric="perplexity", weight_bits=bits) for value, bits in ((30, 3), (20, 4))]
+    group = only(*runs, made_up(25, 10, metric="perplexity", method="a2q+"))
+    assert values(group.curves[0]) == [(10, 20)]
+    assert distances(group) == []
+    assert runs[0].shown.startswith("perplexity 30.00, proven")
+
+
 def test_settings_that_differ_within_a_point_make_curves() -> None:
     first = [made_up(80, 10), made_up(70, 11, lr=0.2), made_up(75, 10, preload="free")]
     others = [made_up(60, 10, method="a2q+", init="ep"), made_up(61, 10, method="a2q+", acc_bits=["10", "conv1=20"])]

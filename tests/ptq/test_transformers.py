@@ -18,6 +18,16 @@ SAMPLE = {name: value[:, :3] for name, value in padded([4], 9).items()}
 KINDS = {"bert": "last_hidden_state", "llama": "logits"}
 
 
+class Counted(list):
+    """How often it is iterated over."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
 def prepared(kind, keep, **options):
     reference = tiny(kind)
     model = copy.deepcopy(reference)
@@ -40,8 +50,10 @@ def distance(model, reference, output):
 def test_the_integers_fit_and_bring_the_outputs_nearer(kind, keep):
     model, reference = prepared(kind, keep)
     before = distance(model, reference, KINDS[kind])
-    aa.reconstruct(model, reference, BATCHES)
-    assert distance(model, reference, KINDS[kind]) < 0.8 * before
+    batches = Counted(BATCHES)
+    aa.reconstruct(model, reference, batches)
+    assert batches.times == 5  # once to see the order; Q, K and V, and Llama's gate and up, read one tensor
+    assert distance(model, reference, KINDS[kind]) < 0.25 * before
     certificate = aa.certify(model)
     assert certificate.holds
     assert certificate.bits_needed <= 14

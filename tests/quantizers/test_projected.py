@@ -73,6 +73,14 @@ def test_quantizing_twice_changes_nothing(method):
     assert torch.equal(ours(once), once)
 
 
+def test_scales_of_signed_inputs_are_searched_within_the_budget():
+    ours = quantizer("projected", S4, acc_bits=9)
+    rows = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0)) * 4
+    start, q = ours.start(rows), ours.integers(rows)
+    assert bool(holds(start, ours.budget).all())
+    assert 0 < (start - q).abs().sum((1, 2)).max() <= 8  # of 31 units and more
+
+
 def test_long_rows_keep_their_dtype():
     ours = weight_quantizer(Spec(8, 8, 24), 1, 1)
     ours.bind(U4, budget(U4, Spec(acc_bits=24).accumulator), None)

@@ -49,10 +49,11 @@ def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any], 
 
     model: prepared and calibrated, with methods "projected" or "baseline", before any `bias_correct`. reference: the
     float network that it was made from, with the same names of layers. batches: as for `calibrate`; iterated once for
-    each layer, up to which both networks run: memory holds the moments of one layer. algorithm: how the integers are
-    chosen: by our "budgeted", by its rivals "axe-gptq" and "axe-gpfq", or by plain "gptq" and "gpfq", which know no
-    accumulator and need method "baseline". Raises `ValueError` for another algorithm, a model that is not calibrated,
-    another method, one scale for all channels, layers that the reference lacks, and no data.
+    each layer (once for those that read one tensor), up to which both networks run: memory holds its moments.
+    algorithm: how the integers are chosen: by our "budgeted", by its rivals "axe-gptq" and "axe-gpfq", or by plain
+    "gptq" and "gpfq", which know no accumulator and need method "baseline". Raises `ValueError` for another algorithm,
+    a model that is not calibrated, another method, one scale for all channels, layers that the reference lacks, and no
+    data.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
@@ -62,15 +63,15 @@ def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any], 
         _refuse_unfit(name, layer, floats.get(name), algorithm)
     following = dict(norms(model)) if any(layer.bias is None for layer in layers.values()) else {}
     with evaluating(model), evaluating(reference):
-        for name, calls in _calls(model, layers, batches).items():
-            layer = layers[name]
-            if getattr(layer, "transposed", False):
-                continue
-            moments = Moments(layer, floats[name], mixing=algorithm.endswith("gpfq"))
-            _collect(moments, model, reference, batches, calls)
-            norm = following.get(layer) if calls == 1 and layer.bias is None else None
-            _choose(layer, moments.finish(centred=norm is not None or layer.bias is not None), algorithm)
-            _correct(layer, moments, norm)
+        calls, groups = _calls(model, layers, batches)
+        for names in groups:
+            group = [Moments(layers[name], floats[name], mixing=algorithm.endswith("gpfq")) for name in names]
+            _collect(group, model, reference, batches, calls[names[0]])
+            for name, moments in zip(names, group, strict=True):
+                layer = layers[name]
+                norm = following.get(layer) if calls[name] == 1 and layer.bias is None else None
+                _choose(layer, moments.finish(centred=norm is not None or layer.bias is not None), algorithm)
+                _correct(layer, moments, norm)
 
 
 def _refuse_unfit(name: str, layer: QuantLayer, reference: nn.Module | None, algorithm: str) -> None:
@@ -99,49 +100,68 @@ def _run(network: nn.Module, inputs: Any) -> None:
         call(network, inputs)
 
 
-def _calls(model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[Any]) -> Counter[str]:
-    """How often each layer runs, in the order of first runs."""
+def _calls(
+    model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[Any]
+) -> tuple[Counter[str], list[list[str]]]:
+    """How often each layer runs; and the layers that have moments, in the order of first runs.
+
+    Those that read one tensor in a row (query, key and value) are together.
+    """
     seen: Counter[str] = Counter()
+    inputs: dict[str, Tensor] = {}
 
-    def count(name: str) -> Any:
-        return lambda *_: seen.update([name])
+    def note(name: str, x: Tensor) -> None:
+        seen.update([name])
+        inputs[name] = x
 
-    hooks = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=name: note(n, args[0])) for name, m in layers.items()]
     try:
-        for inputs in feeds(batches, next(model.parameters()).device):
-            _run(model, inputs)
-            return seen
+        for first in feeds(batches, next(model.parameters()).device):
+            _run(model, first)
+            break
+        else:
+            raise ValueError("reconstruct needs at least one batch")
     finally:
         for hook in hooks:
             hook.remove()
-    raise ValueError("reconstruct needs at least one batch")
+    groups: list[list[str]] = []
+    for name in seen:
+        if getattr(layers[name], "transposed", False):
+            continue
+        if groups and inputs[groups[-1][-1]] is inputs[name] and seen[name] == seen[groups[-1][-1]] == 1:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return seen, groups
 
 
-def _collect(moments: Moments, model: nn.Module, reference: nn.Module, batches: Iterable[Any], calls: int) -> None:
-    """Run both networks up to the last call of the layer, and of the float layer that it was made from."""
-    layer = moments.layer
-    inputs: list[tuple[Tensor, ...]] = []
-    originals: list[tuple[Tensor, ...]] = []
+def _collect(group: list[Moments], model: nn.Module, reference: nn.Module, batches: Iterable[Any], calls: int) -> None:
+    """Run both networks up to the last call of the group's last layer, and of the float layer that it was made from."""
+    inputs: list[list[tuple[Tensor, ...]]] = [[] for _ in group]
+    originals: list[list[tuple[Tensor, ...]]] = [[] for _ in group]
 
-    def note(found: list[tuple[Tensor, ...]], *values: Tensor) -> None:
-        found.append(values)
-        if len(found) == calls:
+    def note(found: list[list[tuple[Tensor, ...]]], index: int, *values: Tensor) -> None:
+        found[index].append(values)
+        if len(found[-1]) == calls:
             raise _Reached
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args: note(inputs, args[0])),
-        moments.reference.register_forward_hook(lambda _, args, out: note(originals, args[0], out)),
-    ]
+    hooks = []
+    for i, moments in enumerate(group):
+        hooks += [
+            moments.layer.register_forward_pre_hook(lambda _, args, i=i: note(inputs, i, args[0])),
+            moments.reference.register_forward_hook(lambda _, args, out, i=i: note(originals, i, args[0], out)),
+        ]
     try:
         for feed in feeds(batches, next(model.parameters()).device):
             _run(model, feed)
             _run(reference, feed)
-            while inputs:
-                moments.add(layer.input_quant(*inputs.pop()), *originals.pop())
+            for moments, seen, wanted in zip(group, inputs, originals, strict=True):
+                while seen:
+                    moments.add(moments.layer.input_quant(*seen.pop()), *wanted.pop())
     finally:
         for hook in hooks:
             hook.remove()
-    if not moments.count:
+    if not group[0].count:
         raise ValueError("reconstruct iterates over the batches many times, which this iterator does not allow")
 
 

@@ -45,6 +45,12 @@ class ProjectedQuantizer(BaselineQuantizer):
     as `fake_quantize` says.
     """
 
+    @torch.no_grad()
+    def start(self, rows: Tensor) -> Tensor:
+        assert self.budget is not None
+        step = self.step()
+        return project_integers(rows / step, self.budget.simple, self.form.hi) * step
+
     def _codes(self, u: Tensor) -> Tensor:
         assert self.budget is not None
         return project_integers(u, self.budget, self.form.hi).to(u.dtype)

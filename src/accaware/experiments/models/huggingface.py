@@ -43,7 +43,7 @@ def _transformers() -> Any:
         raise ValueError(
             f"models of the Hugging Face hub need transformers: pip install 'accaware[hf]' ({error})"
         ) from None
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers
 
 
