@@ -35,6 +35,7 @@ _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
 _ROUNDING = 1e-5  # of sums in float32, relative
 _SWEEPS = 3
+_REST = 0.49  # of a unit: the nearest integers stay those that were chosen
 _ALL_PAIRS = 1 << 28  # pairs of moves in a layer, up to which the descent compares them all
 
 
@@ -189,7 +190,9 @@ def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
         )
         q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, torch.tensor(scale_ratios(problem.qmax)))
     quantizer.set_step(scale.unsqueeze(-1))
-    layer.weight.copy_((q * scale).reshape(weight.shape))  # so that the quantizer finds these integers
+    # The quantizer finds these integers, and training still has what rounding took away.
+    rest = (weight.reshape(q.shape) / scale - q).clamp(-_REST, _REST)
+    layer.weight.copy_(((q + rest) * scale).reshape(weight.shape))
 
 
 def budgeted(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
