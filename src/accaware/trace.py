@@ -130,12 +130,14 @@ class _Watch(TorchFunctionMode):
 
 def _of_activations(kind: str, args: tuple[Any, ...]) -> Iterator[tuple[str, int, tuple[bool, bool]]]:
     """The products of two activations in one operation: kind, how many one output sums, whether each has a sign."""
-    signs = [bool((a < 0).any()) for a in args[:3] if isinstance(a, Tensor)]
+    if kind not in ("scaled_dot_product_attention", "matmul", "bmm", "mm"):
+        return
+    signs = [bool((a < 0).any()) for a in args[:3] if isinstance(a, Tensor) and not a.is_complex()]
     if kind == "scaled_dot_product_attention" and len(signs) == 3:
         query, key, _ = args[:3]
         yield "query_key", query.shape[-1], (signs[0], signs[1])
         yield "attention_value", key.shape[-2], (False, signs[2])
-    elif kind in ("matmul", "bmm", "mm") and len(signs) == 2 and not any(isinstance(a, nn.Parameter) for a in args):
+    elif len(signs) == 2 and not any(isinstance(a, nn.Parameter) for a in args):
         yield kind, args[0].shape[-1], (signs[0], signs[1])
 
 
