@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,9 +22,9 @@ from accaware.experiments.batches import EvalBatches, calibration_images
 from accaware.experiments.checkpoints import fingerprint, load_weights
 from accaware.experiments.data import Dataset, load
 from accaware.experiments.images import NORMALIZATIONS, Images, first_line
+from accaware.experiments.metrics import Metric
 from accaware.experiments.models import huggingface
 from accaware.experiments.settings import CHECKPOINT_SHA256, TEXT, Settings, check_same
-from accaware.experiments.tasks import Metric
 from accaware.experiments.training import Network, Plan, evaluate, fit, train_batches
 
 EVAL_PIXELS = 500 * 32 * 32  # in the outputs or inputs of one batch
@@ -140,7 +140,7 @@ def _require_trained(settings: Settings, what: str) -> None:
 
 def _reconstruct(job: Job, algorithm: str = "budgeted") -> None:
     assert job.reference is not None
-    aa.reconstruct(job.model, job.reference, job.calibration, cast(Any, algorithm))
+    aa.reconstruct(job.model, job.reference, job.calibration, algorithm)
 
 
 def load_run(folder: Path) -> nn.Module:
@@ -245,7 +245,7 @@ def _float_score(job: Job, console: Console) -> float | None:
     if job.reference is None or not first_process():
         return None
     value = job.score(job.reference)
-    console.print(f"float {_shown(job.data.task, value)} ({job.data.split})", highlight=False)
+    console.print(f"float {job.data.task.shown(value)} ({job.data.split})", highlight=False)
     return value
 
 
@@ -310,16 +310,12 @@ def _report(result: dict[str, Any], run: runs.RunFolder, task: Metric, console: 
     proof = f"{'proven' if result['holds'] else 'NOT proven'} to fit {result['acc_bits']} bits "
     proof += f"(worst layer needs {result['bits_needed']})"
     console.print(
-        f"{_shown(task, result[task.metric])} ({result['split']}), "
+        f"{task.shown(result[task.metric])} ({result['split']}), "
         f"{'float' if result['method'] == 'float' else proof}, {result['seconds']:.0f} s: {run.path}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
-
-
-def _shown(task: Metric, value: float) -> str:
-    return f"{task.name} {value:.2f} {task.unit}".rstrip()
 
 
 def find_device(name: str) -> torch.device:

@@ -13,15 +13,14 @@ from typing import Any
 
 from accaware.bounds import data_type_bits
 from accaware.certify.certificate import Certificate
+from accaware.experiments.metrics import METRICS, PERPLEXITY
 from accaware.experiments.settings import Settings, acc_widths
 from accaware.files import write_whole
 from accaware.formats import IntFormat
 
 INDEX = "index.parquet"
 LOCAL = ("data_dir", "checkpoint", "out")  # paths, of which only the last part is anybody's business
-UNITS = {"top1": "%", "psnr": "dB", "spearman": "%", "perplexity": ""}
-NAMES = {"top1": "top-1", "psnr": "PSNR", "spearman": "Spearman", "perplexity": "perplexity"}
-LOWER_IS_BETTER = {"perplexity"}
+LOWER_IS_BETTER = {PERPLEXITY.metric}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """One of `NAMES`."""
+        """One of `METRICS`."""
         return str(self.result["metric"])
 
     @property
@@ -54,7 +53,7 @@ class Run:
     def shown(self) -> str:
         """For people: the value, and whether it is proven."""
         proof = "proven" if self.result["holds"] else "NOT proven"
-        value = f"{NAMES[self.metric]} {self.value:.2f} {UNITS[self.metric]}".rstrip()
+        value = METRICS[self.metric].shown(self.value)
         return f"{value}, {proof} to fit {self.result['acc_bits']} bits (needs {self.result['bits_needed']})"
 
     @cached_property
@@ -82,7 +81,8 @@ def axis(metric: str) -> str:
     >>> axis("top1"), axis("psnr")
     ('top-1 (%)', 'PSNR (dB)')
     """
-    return f"{NAMES[metric]} ({UNITS[metric]})" if UNITS[metric] else NAMES[metric]
+    known = METRICS[metric]
+    return f"{known.name} ({known.unit})" if known.unit else known.name
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Metric:
-    """metric: its key in `result.json`; name, unit: as people write it."""
-
-    metric: str
-    name: str
-    unit: str
+from accaware.experiments.metrics import PSNR, TOP1, Metric
 
 
 @dataclass(frozen=True)
@@ -68,9 +61,7 @@ def kl_divergence(output: Tensor, teacher: Tensor) -> Tensor:
 
 
 CLASSIFICATION = Task(
-    metric="top1",
-    name="top-1",
-    unit="%",
+    **asdict(TOP1),
     augment=lambda pixels, labels, share, side, random: (augment(pixels, share, random), labels),
     target=lambda labels: labels,
     check=a_place_for_every_label,
@@ -118,9 +109,7 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
 
 
 SUPER_RESOLUTION = Task(
-    metric="psnr",
-    name="PSNR",
-    unit="dB",
+    **asdict(PSNR),
     augment=lambda low, high, share, side, random: paired_crops(low, high, side, random),
     target=lambda pixels: pixels.float() / 255,
     check=the_same_shape,

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from accaware.experiments.batches import CALIBRATE, generator
 from accaware.experiments.images import first_line, require_folder
-from accaware.experiments.tasks import Metric
+from accaware.experiments.metrics import PERPLEXITY, SPEARMAN, Metric
 
-TEXT = ("sts", "text")
 BATCH_TOKENS = 4096
-
-SPEARMAN = Metric("spearman", "Spearman", "%")
-PERPLEXITY = Metric("perplexity", "perplexity", "")
 
 
 @dataclass(frozen=True)
