@@ -223,7 +223,7 @@ def test_the_command_line(ptq_options: list[str], capsys: pytest.CaptureFixture[
     assert run([*words, "--out", "default"]) == 0
     models = [Path(name, "model.safetensors").read_bytes() for name in ("default", "budgeted", "projection")]
     assert models[0][-1000:] == models[1][-1000:] != models[2][-1000:]
-    assert "method 'a2q' chooses its own integers" in fails([*words, "--method", "a2q", "--out", "no"], capsys)
+    assert "not 'a2q'; algorithm 'projection' takes all" in fails([*words, "--method", "a2q", "--out", "no"], capsys)
     assert "algorithm 'budgeted' corrects biases itself" in fails([*words, "--bias-correct", "--out", "no"], capsys)
     assert "algorithm 'gpfq' knows no accumulator" in fails([*words, "--algorithm", "gpfq", "--out", "no"], capsys)
     assert not Path("no").exists()

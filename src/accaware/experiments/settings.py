@@ -113,34 +113,28 @@ class Settings:
         Schedule.parse(self.schedule)
         if self.command == "ptq" and not self.quantize:
             raise ValueError("ptq quantizes; quantize cannot be false")
+        if self.command == "ptq" and self.init == "ptq":
+            raise ValueError("init 'ptq' is where training starts; ptq itself takes algorithm 'budgeted'")
         if self.command == "ptq" and self.algorithm != "projection":
-            self._refuse_unfit()
+            self._refuse_unfit(f"algorithm {self.algorithm!r}", self.algorithm)
         if self.init == "ptq":
-            self._check_reconstruction()
+            self._refuse_unfit("init 'ptq'", "budgeted")
         self.spec, self.keep_patterns, self.acc_patterns  # noqa: B018 -- validates the rest
 
-    def _check_reconstruction(self) -> None:
-        if self.command == "ptq":
-            raise ValueError("init 'ptq' is where training starts; ptq itself takes algorithm 'budgeted'")
+    def _refuse_unfit(self, what: str, algorithm: str) -> None:
+        """What choosing integers by outputs does not go with; `what` asked for it."""
         if not self.quantize:
-            raise ValueError("init 'ptq' quantizes; quantize cannot be false")
+            raise ValueError(f"{what} quantizes; quantize cannot be false")
         for method in (self.method, self.depthwise_method or self.method):
             if method not in ("projected", "baseline"):
-                raise ValueError(f"init 'ptq' needs method projected or baseline, not {method!r}")
+                other = "; algorithm 'projection' takes all" if self.command == "ptq" else ""
+                raise ValueError(f"{what} needs method projected or baseline, not {method!r}{other}")
+        if algorithm in ("gptq", "gpfq") and self.method != "baseline":
+            raise ValueError(f"{what} knows no accumulator: it needs method 'baseline'")
+        if algorithm.startswith("axe") and (self.method, self.preload) != ("projected", "none"):
+            raise ValueError(f"{what} needs method projected and no free preload")
         if self.bias_correct:
-            raise ValueError("init 'ptq' corrects biases itself: bias_correct needs another init")
-
-    def _refuse_unfit(self) -> None:
-        """What the algorithms that choose integers by outputs do not go with."""
-        algorithm, method = self.algorithm, self.method
-        if method not in ("projected", "baseline"):
-            raise ValueError(f"method {method!r} chooses its own integers: it needs algorithm 'projection'")
-        if algorithm in ("gptq", "gpfq") and method != "baseline":
-            raise ValueError(f"algorithm {algorithm!r} knows no accumulator: it needs method 'baseline'")
-        if algorithm.startswith("axe") and (method, self.preload) != ("projected", "none"):
-            raise ValueError(f"algorithm {algorithm!r} needs method projected and no free preload")
-        if self.bias_correct:
-            raise ValueError(f"algorithm {algorithm!r} corrects biases itself: bias_correct needs 'projection'")
+            raise ValueError(f"{what} corrects biases itself: leave bias_correct out")
 
     @property
     def spec(self) -> Spec:
