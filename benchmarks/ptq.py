@@ -1,19 +1,21 @@
 """What choosing the integers of one layer costs: GPTQ, AXE on GPTQ and on GPFQ, and `budgeted`, K outputs of K taps.
 
-    python benchmarks/ptq.py [--sizes 256 512 1024 2048 4096] [--rounds 3] [--acc-bits 16]
+    python benchmarks/ptq.py [--sizes 256 512 1024 2048 4096] [--rounds 3] [--acc-bits 16] [--searched 1024]
 
 4-bit weights and unsigned 4-bit inputs; random weights, correlated inputs. GPTQ and AXE run once, at the scale that
-`budgeted`'s first search finds (as part of its time). Each size runs in a process of its own, all algorithms in turn.
-Beside the times: the output error relative to the output, and the peak memory of the process.
+`budgeted`'s first search finds (as part of its time), and up to the size `--searched` also as `accaware ptq` runs GPTQ,
+at the best of a hundred scales for each output. Each size runs in a process of its own, all algorithms in turn. Beside
+the times: the output error relative to the output, and the peak memory of the process while the algorithm ran.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,13 +24,14 @@ from torch import Tensor
 
 from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat
-from accaware.ptq.axe import Axe
+from accaware.ptq.axe import Axe, at_best_scale
 from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
 from accaware.ptq.model import budgeted
 from accaware.ptq.relaxed import Relaxation, first_scale
 from accaware.ptq.rounding import Nearest
+from accaware.quantizers.weight import scale_ratios
 
 
 def layer(size: int, acc_bits: int) -> tuple[Tensor, Problem]:
@@ -42,30 +45,40 @@ def layer(size: int, acc_bits: int) -> tuple[Tensor, Problem]:
     return weight, Problem(gram, weight @ gram[0], tiles, limits, 7, gram)
 
 
-def measure(size: int, acc_bits: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, float], int]:
-    """Seconds and relative output errors of every algorithm, and the peak memory in MB."""
+def measure(
+    size: int, acc_bits: int, rounds: int, searched: bool
+) -> tuple[dict[str, list[float]], dict[str, tuple[float, int]]]:
+    """Seconds of every algorithm, its relative output error and its peak memory in MB."""
     weight, problem = layer(size, acc_bits)
     power = (weight * problem.cross).sum(-1)
     scale = first_scale(weight, Relaxation(problem))
-    errors: dict[str, float] = {}
+    found: dict[str, tuple[float, int]] = {}
 
-    def at_scale(name: str, solve: partial[Tensor]) -> None:
+    def run(name: str, solve: Callable[[], tuple[Tensor, Tensor]]) -> None:
         problem.__dict__.pop("feedback", None)  # the factor that `Problem` keeps
-        error = output_error(solve(weight, scale, problem), scale, problem)
-        errors[name] = float((1 + error / power).mean())
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+        error = (1 + output_error(*solve(), problem) / power).mean()
+        found[name] = float(error), peak()
 
-    def ours() -> None:
-        problem.__dict__.pop("feedback", None)
-        errors["budgeted"] = float((1 + output_error(*budgeted(weight, problem), problem) / power).mean())
+    def once(solve: Callable[..., Tensor], kind: type[Nearest]) -> tuple[Tensor, Tensor]:
+        return solve(weight, scale, problem, kind), scale
 
-    rivals = {
-        "gptq": partial(gptq, kind=Nearest),
-        "axe-gptq": partial(gptq, kind=Axe),
-        "axe-gpfq": partial(gpfq, kind=Axe),
+    candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        "gptq": partial(once, gptq, Nearest),
+        "axe-gptq": partial(once, gptq, Axe),
+        "axe-gpfq": partial(once, gpfq, Axe),
+        "budgeted": partial(budgeted, weight, problem),
     }
-    candidates = {name: partial(at_scale, name, solve) for name, solve in rivals.items()}
-    seconds = alternate({**candidates, "budgeted": ours}, rounds)
-    return seconds, errors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    if searched:
+        ratios = torch.tensor(scale_ratios(problem.qmax))
+        candidates["gptq, searched"] = partial(at_best_scale, partial(gptq, kind=Nearest), weight, problem, ratios)
+    return alternate({name: partial(run, name, solve) for name, solve in candidates.items()}, rounds), found
+
+
+def peak() -> int:
+    """MB that this process has had in memory at most; Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
 
 
 def main() -> None:
@@ -74,12 +87,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--acc-bits", type=int, default=16)
+    parser.add_argument("--searched", type=int, default=1024)
     options = parser.parse_args()
     for size in options.sizes:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            seconds, errors, peak = process.submit(measure, size, options.acc_bits, options.rounds).result()
-        report(f"{size} outputs of {size} taps, P = {options.acc_bits}; peak {peak} MB", seconds, ["gptq"])
-        Console().print("relative output error:", *(f"{name} {error:.4g}" for name, error in errors.items()))
+            job = process.submit(measure, size, options.acc_bits, options.rounds, size <= options.searched)
+            seconds, found = job.result()
+        report(f"{size} outputs of {size} taps, P = {options.acc_bits}", seconds, ["gptq"])
+        for name, (error, memory) in found.items():
+            Console().print(f"{name}: relative output error {error:.4g}, peak {memory} MB", highlight=False)
 
 
 if __name__ == "__main__":
