@@ -21,7 +21,7 @@ ORDER = [
     "formats files",
     "bounds",
     "projections",
-    "rows",
+    "rows rotation",
     "quantizers",
     "layers inputs",
     "trace",

@@ -15,6 +15,7 @@ Preload = Literal["none", "free"]
 Overflow = Literal["wrap", "saturate"]
 TapOrder = Literal["chw", "hwc"]
 Order = Literal[TapOrder, "any"]
+ActScale = Literal["tensor", "token"]
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
@@ -136,8 +137,11 @@ class Spec:
 
     Units are bits. `per_channel`: one weight scale for each output channel, else one for the whole tensor.
     `depthwise_method`: the method of depthwise layers; None is the rule of the A2Q+ paper (section 5), `a2q` where the
-    method is `a2q+`, since zero-centring costs their few weights a degree of freedom, else the method. The other fields
-    are those of `Accumulator`. Raises `ValueError` or `TypeError` where a value is not allowed.
+    method is `a2q+`, since zero-centring costs their few weights a degree of freedom, else the method. Of linear layers
+    alone: `act_scale`, one activation scale for the tensor, or one for each token (each vector of inputs), found at run
+    time from its largest value; `rotate`, whether inputs and weights are rotated by a Hadamard matrix, which spreads
+    outliers. The other fields are those of `Accumulator`. Raises `ValueError` or `TypeError` where a value is not
+    allowed.
 
     >>> Spec(weight_bits=4, act_bits=4, acc_bits=12).weight_format
     IntFormat(lo=-7, hi=7)
@@ -154,6 +158,8 @@ class Spec:
     order: TapOrder = "chw"
     per_channel: bool = True
     depthwise_method: Method | None = None
+    act_scale: ActScale = "tensor"
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         _integer("weight_bits", self.weight_bits, 2, 8)
@@ -161,6 +167,7 @@ class Spec:
         _integer("acc_bits", self.acc_bits, 2, 32)
         _one_of("method", self.method, get_args(Method))
         _one_of("order", self.order, get_args(TapOrder))
+        _one_of("act_scale", self.act_scale, get_args(ActScale))
         if self.depthwise_method is not None:
             _one_of("depthwise_method", self.depthwise_method, get_args(Method))
         for method in (self.method, self.depthwise_method or self.method):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat, Spec
 from accaware.quantizers import ActivationQuantizer, weight_quantizer
+from accaware.rotation import hadamard, turned
 from accaware.rows import Rows, convolution_rows, residues_of_taps, transposed_rows
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "QuantLinear",
 ]
 
-_REQUEST = ("weight_bits", "act_bits", "acc_bits", "outer_bits")
+_REQUEST = ("weight_bits", "act_bits", "acc_bits", "outer_bits", "tile", "preload", "act_scale", "rotate")
 
 
 class QuantIdentity(nn.Module):
@@ -56,6 +57,7 @@ class QuantLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     request: Tensor
+    rotation: Tensor | None
     spec: Spec
     inside: bool
     name: str
@@ -64,11 +66,15 @@ class QuantLayer(nn.Module):
         """Give a layer that was just converted its quantizers; called by `prepare_`."""
         self.name, self.spec, self.inside = name, spec.of_depthwise() if self.depthwise else spec, inside
         self.rows = self.make_rows()
+        self.register_buffer("rotation", self.make_rotation(), persistent=False)
+        with torch.no_grad():
+            self.weight.copy_(self.rotated(self.weight))
         self.input_quant = input_quant
         self.weight_quant = weight_quantizer(self.spec, self.rows.channels, self.rows.parts)
         self.weight_quant.to(self.weight.device)
-        tile = -1 if spec.tile is None else spec.tile
-        values = [getattr(spec, name) for name in _REQUEST] + [tile, int(spec.preload == "free")]
+        values = [spec.weight_bits, spec.act_bits, spec.acc_bits, spec.outer_bits]
+        values += [-1 if spec.tile is None else spec.tile, spec.preload == "free"]
+        values += [input_quant.per_token, self.rotation is not None]
         self.register_buffer("request", torch.tensor(values, dtype=torch.int32, device=self.weight.device))
         self.wrap_bits: int | None = None
         self._cache: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -82,6 +88,14 @@ class QuantLayer(nn.Module):
     def make_rows(self) -> Rows:
         """Which taps one accumulator adds."""
         return convolution_rows(self.weight.shape, self.spec.order, self.spec.tile)
+
+    def make_rotation(self) -> Tensor | None:
+        """What inputs and weights are multiplied by."""
+        return None
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Inputs of the layer, or weights of the float one, as its integers see them."""
+        return x if self.rotation is None else turned(x, self.rotation)
 
     def bind(self) -> None:
         """Tell the weight quantizer what its inputs are. Raises `ValueError` where no weight fits the accumulator."""
@@ -114,10 +128,10 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         self.bind()
-        x = self.input_quant(x)
+        x = self.rotated(x)
         if self.wrap_bits is not None and self.weight_quant.codes is not None:
             return self._wrapped(x, *args, **options)
-        return self.operate(x, self.quantized_weight(), self.bias, *args, **options)
+        return self.operate(self.input_quant(x), self.quantized_weight(), self.bias, *args, **options)
 
     def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **options: Any) -> Tensor:
         """The float layer's own computation."""
@@ -137,7 +151,7 @@ class QuantLayer(nn.Module):
         half = 2.0 ** (self.wrap_bits - 1)
         start = self._starts(q, total.shape).to(total)
         total = torch.remainder(total + start + half, 2 * half) - half - start
-        out = total * self._along_channels(scale) * self.input_quant.step()
+        out = total * self._along_channels(scale) * self.input_quant.step(x)
         out = out if self.bias is None else out + self._along_channels(self.bias)
         return out.to(self.weight.dtype)
 
@@ -163,8 +177,7 @@ class QuantLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "request")
         if stored is not None and not torch.equal(stored.cpu(), self.request.cpu()):
-            names = [*_REQUEST, "tile", "preload"]
-            pairs = zip(names, stored.tolist(), self.request.tolist(), strict=True)
+            pairs = zip(_REQUEST, stored.tolist(), self.request.tolist(), strict=True)
             wrong = ", ".join(f"{name} {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours)
             raise ValueError(f"{self.name}: the checkpoint was made for {wrong}")
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -177,6 +190,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 class QuantLinear(QuantLayer, nn.Linear):
     """x [..., in_features] -> [..., out_features]; weight [out_features, in_features]."""
+
+    def make_rotation(self) -> Tensor | None:
+        return hadamard(self.in_features).to(self.weight) if self.spec.rotate else None
 
     def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -266,6 +282,8 @@ def kept_spec(spec: Spec, bits: int) -> Spec:
         preload="none",
         tile=None,
         depthwise_method=None,
+        act_scale="tensor",
+        rotate=False,
     )
 
 

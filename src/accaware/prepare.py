@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ def prepare_(
     streams = {name: module for name, module in model.named_modules() if isinstance(module, QuantIdentity)}
     if not targets:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {_known()}")
+    linear = any(isinstance(module, nn.Linear) for module in targets.values())
+    if not linear and (spec.act_scale == "token" or spec.rotate):
+        raise ValueError("act_scale 'token' and rotate are for nn.Linear, which this model has none of")
     kept = _match(keep or {}, [*targets, *streams], "keep")
     widths = _match(acc_bits or {}, list(targets), "acc_bits")
     signs = _match(signed or {}, [*targets, *streams], "signed")
@@ -56,7 +59,7 @@ def prepare_(
             raise ValueError(f"keep {pattern!r} must be 2-8 bits or 'float', not {value!r}")
     _leave_fused_kernels(model)
     seen = Trace() if sample is None else trace(model, {**targets, **streams}, sample)
-    quantizers: dict[tuple[Any, int], ActivationQuantizer] = {}
+    quantizers: dict[tuple[Any, ...], ActivationQuantizer] = {}
     shared = {id(p) for m in model.modules() if type(m) not in LAYERS for p in m.parameters(recurse=False)}
     for name, module in {**streams, **targets}.items():
         bits = kept.get(name)
@@ -64,10 +67,11 @@ def prepare_(
             continue
         inside = bits is None
         layer_spec = replace(spec, acc_bits=widths.get(name, spec.acc_bits)) if bits is None else kept_spec(spec, bits)
-        source = seen.sources.get(name, name)
-        key = (source, layer_spec.act_bits)
+        linear = isinstance(module, nn.Linear)
+        per_token, rotate = linear and layer_spec.act_scale == "token", linear and layer_spec.rotate
+        key = (seen.sources.get(name, name), layer_spec.act_bits, per_token, rotate)
         if key not in quantizers:
-            quantizers[key] = ActivationQuantizer(layer_spec.act_bits, signs.get(name))
+            quantizers[key] = ActivationQuantizer(layer_spec.act_bits, signs.get(name), per_token)
         if isinstance(module, QuantIdentity):
             module.input_quant = quantizers[key]
         else:
@@ -166,7 +170,7 @@ class _Power:
         self.count = 0
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
+        x = cast(QuantLayer, layer).rotated(args[0].detach())
         x = x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.movedim(1, -1).reshape(-1, x.shape[1])
         self.total = self.total + x.double().square().sum(0)
         self.count += len(x)

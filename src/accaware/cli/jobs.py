@@ -61,6 +61,17 @@ DepthwiseMethod = Annotated[
 ]
 WeightBits = Annotated[int, _Option(help="Bits of the integer weights, 2-8.", rich_help_panel=QUANT)]
 ActBits = Annotated[int, _Option(help="Bits of the activation codes, 1-8.", rich_help_panel=QUANT)]
+ActScale = Annotated[
+    str,
+    _Option(
+        help="tensor: one activation scale; token: in linear layers one for each token, found at run time.",
+        rich_help_panel=QUANT,
+    ),
+]
+Rotate = Annotated[
+    bool,
+    _Option(help="Rotate the inputs of linear layers (Hadamard), which spreads outliers.", rich_help_panel=QUANT),
+]
 AccBits = Annotated[
     list[str], _Option(help="Bits of the accumulator, 2-32; PATTERN=BITS for some layers.", rich_help_panel=QUANT)
 ]
@@ -150,6 +161,8 @@ def train(
     depthwise_method: DepthwiseMethod = _D.depthwise_method,
     weight_bits: WeightBits = _D.weight_bits,
     act_bits: ActBits = _D.act_bits,
+    act_scale: ActScale = _D.act_scale,
+    rotate: Rotate = _D.rotate,
     acc_bits: AccBits = list(_D.acc_bits),  # noqa: B006 -- typer copies it
     preload: Preload = _D.preload,
     tile: Tile = _D.tile,
@@ -213,6 +226,8 @@ def ptq(
     depthwise_method: DepthwiseMethod = _D.depthwise_method,
     weight_bits: WeightBits = _D.weight_bits,
     act_bits: ActBits = _D.act_bits,
+    act_scale: ActScale = _D.act_scale,
+    rotate: Rotate = _D.rotate,
     acc_bits: AccBits = list(_D.acc_bits),  # noqa: B006 -- typer copies it
     preload: Preload = _D.preload,
     tile: Tile = _D.tile,

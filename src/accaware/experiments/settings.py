@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from accaware.formats import Method, Overflow, Preload, Spec, _one_of
+from accaware.formats import ActScale, Method, Overflow, Preload, Spec, _one_of
 
 Init = Literal["search", "ep", "none", "ptq"]
 
@@ -56,6 +56,8 @@ class Settings:
     depthwise_method: Method | None = None
     weight_bits: int = 4
     act_bits: int = 4
+    act_scale: ActScale = "tensor"
+    rotate: bool = False
     acc_bits: tuple[str, ...] = ("16",)
     preload: Preload = "none"
     tile: int | None = None
@@ -146,6 +148,8 @@ class Settings:
             acc_bits=16 if plain is None else plain,
             method=self.method,
             depthwise_method=self.depthwise_method,
+            act_scale=self.act_scale,
+            rotate=self.rotate,
             preload=self.preload,
             tile=self.tile,
             outer_bits=self.outer_bits,

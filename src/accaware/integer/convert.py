@@ -34,7 +34,7 @@ def integer_layer(layer: QuantLayer) -> IntegerLayer:
     rows = layer.rows
     taps = rows.join(q).flatten(0, 1).cpu().numpy()
     preload = layer.preload(q).reshape(len(taps), rows.tiles).cpu().numpy()
-    accumulator = layer.spec.accumulator
+    accumulator, act_scale = layer.spec.accumulator, layer.input_quant.fixed_step()
     return IntegerLayer(
         name=layer.name,
         kind=type(layer).__name__.removeprefix("Quant"),
@@ -43,7 +43,7 @@ def integer_layer(layer: QuantLayer) -> IntegerLayer:
         accumulator=accumulator,
         preload=preload if accumulator.tile else preload[:, 0],
         scale=np.repeat(scale.reshape(-1).cpu().numpy(), rows.phases),
-        act_scale=float(layer.input_quant.step().detach().double()),
+        act_scale=None if act_scale is None else float(act_scale),
         inside=layer.inside,
         method=layer.spec.method,
         repaired=int(repaired.sum()),

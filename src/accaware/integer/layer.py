@@ -44,7 +44,7 @@ class IntegerLayer:
     accumulator: Accumulator
     preload: Integers
     scale: NDArray[np.float64]
-    act_scale: float
+    act_scale: float | None
     inside: bool
     method: str
     repaired: int = 0
@@ -67,7 +67,7 @@ class IntegerLayer:
         scale = self._freeze("scale", np.asarray(self.scale, np.float64))
         if scale.shape != (count,) or not (np.isfinite(scale) & (scale > 0)).all():
             raise ValueError(f"{self.name}: scale must be {count} positive numbers, not {scale}")
-        if not (np.isfinite(self.act_scale) and self.act_scale > 0):
+        if self.act_scale is not None and not (np.isfinite(self.act_scale) and self.act_scale > 0):
             raise ValueError(f"{self.name}: act_scale must be a positive number, not {self.act_scale}")
         for name in ("weight_zero", "outer_start"):
             values = as_integers(getattr(self, name), f"{self.name}: {name}")

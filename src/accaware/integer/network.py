@@ -42,6 +42,9 @@ def integer_network(model: nn.Module, sample: Tensor | tuple[Any, ...] | None = 
     layers = quant_layers(model)
     if not layers:
         raise ValueError("this model has no quantized layer; call prepare_ first")
+    for name, layer in layers.items():
+        if layer.input_quant.per_token or layer.rotation is not None:
+            raise ValueError(f"{name}: act_scale 'token' and rotate have no integer network; certify proves them")
     if isinstance(model, QuantLayer):
         raise ValueError("an integer network is of modules: put the layer into nn.Sequential before prepare_")
     norms = {} if sample is None else batchnorm_after(model, layers, sample)
@@ -74,7 +77,9 @@ class _Codes(nn.Module):
         super().__init__()
         assert quantizer.codes is not None
         self.lo, self.hi = quantizer.codes.lo, quantizer.codes.hi
-        self.register_buffer("act_scale", quantizer.step().detach().float().clone())
+        step = quantizer.fixed_step()
+        assert step is not None
+        self.register_buffer("act_scale", step.float().clone())
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as float32."""
@@ -124,9 +129,8 @@ class IntegerOp(_Codes):
         self.kind, self.bits = self.layer.kind, layer.spec.weight_bits
         q, scale, _ = layer.deployed()
         gain, shift = _affine(layer, norm, len(scale))
-        step = layer.input_quant.step().detach().double()
         self.register_buffer("q", layer.rows.merge(q).to(torch.int8))
-        self.register_buffer("rescale", (step * scale.reshape(-1) * gain).float())
+        self.register_buffer("rescale", (self.act_scale.double() * scale.reshape(-1) * gain).float())
         self.register_buffer("shift", shift.float())
         self._narrow = _fits(self.layer)
         self._exact: dict[torch.Size, bool] = {}

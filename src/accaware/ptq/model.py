@@ -158,7 +158,7 @@ def _collect(group: list[Moments], model: nn.Module, reference: nn.Module, batch
             _run(reference, feed)
             for moments, seen, wanted in zip(group, inputs, originals, strict=True):
                 while seen:
-                    moments.add(moments.layer.input_quant(*seen.pop()), *wanted.pop())
+                    moments.add(*seen.pop(), *wanted.pop())
     finally:
         for hook in hooks:
             hook.remove()
@@ -168,7 +168,7 @@ def _collect(group: list[Moments], model: nn.Module, reference: nn.Module, batch
 
 def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
     """Give the layer the integers and scales of the smallest output error that the algorithm finds."""
-    weight, cross = cast(Tensor, moments.reference.weight).double(), moments.cross
+    weight, cross = layer.rotated(cast(Tensor, moments.reference.weight).double()), moments.cross
     power = moments.gram.diagonal(dim1=1, dim2=2)
     # Taps that no input tells anything about stay near their float weights. Where inputs are all but constant, moments
     # about their means are rounding errors of the squares.

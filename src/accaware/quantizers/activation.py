@@ -1,4 +1,4 @@
-"""The activation quantizer: one learned scale per tensor, codes signed or unsigned as calibration finds them."""
+"""The activation quantizer: a learned scale for the tensor or for each token, codes signed or not as data tell."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ _TINY = 1e-10
 class ActivationQuantizer(nn.Module):
     """x -> scale * clamp(round(x / scale), lo, hi), any shape, with a learned scalar scale (LSQ, Esser et al. 2020).
 
+    `per_token`: each vector x [..., K] has a scale of its own, max|x| over the largest code, times the learned scalar.
+
     Passes x through until `calibrate` has set the range of codes; while `observing` it passes x through and collects a
     sample of it. `signed`: None lets calibration decide. `code_range` is a buffer [lo, hi] of the state dict.
     """
 
     code_range: Tensor
 
-    def __init__(self, bits: int, signed: bool | None = None) -> None:
+    def __init__(self, bits: int, signed: bool | None = None, per_token: bool = False) -> None:
         super().__init__()
-        self.bits, self.signed = bits, signed
+        self.bits, self.signed, self.per_token = bits, signed, per_token
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("code_range", torch.zeros(2, dtype=torch.int64))
         self.codes: IntFormat | None = None
@@ -42,18 +44,32 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.codes is None:
             return x
-        return fake_quantize(x, self.step(), self.codes, (x[0].numel() * self.codes.magnitude) ** -0.5)
+        return fake_quantize(x, self.step(x), self.codes, (x[0].numel() * self.codes.magnitude) ** -0.5)
 
-    def step(self) -> Tensor:
-        """The scale, a positive scalar even where training went astray."""
-        return self.scale.clamp(min=_TINY)
+    def step(self, x: Tensor) -> Tensor:
+        """The scale of x, positive even where training went astray: a scalar, or [..., 1] for tokens x [..., K]."""
+        scale = self.scale.clamp(min=_TINY)
+        if not self.per_token:
+            return scale
+        return (scale * self._full(x)).clamp(min=_TINY)
+
+    def _full(self, x: Tensor) -> Tensor:
+        """The scale at which the largest value (of each token, if they have their own) has the largest code."""
+        assert self.codes is not None
+        if self.per_token:
+            return x.detach().abs().amax(-1, keepdim=True) / max(self.codes.hi, 1)
+        return x.abs().max() / max(self.codes.hi, -self.codes.lo, 1)
+
+    def fixed_step(self) -> Tensor | None:
+        """The scale of every x, a positive scalar; None where each token has its own."""
+        return None if self.per_token else self.scale.detach().clamp(min=_TINY)
 
     def observe(self) -> None:
         """From now on collect a sample of what passes, and forget what an earlier collection left."""
         self.observing, self._seen, self._negative = True, [], False
 
     def _observe(self, x: Tensor) -> None:
-        values = x.reshape(-1).float()
+        values = x.reshape(-1, x.shape[-1]).float() if self.per_token else x.reshape(-1).float()
         self._negative |= bool((values < 0).any())
         # Odd, so that it meets every row and column of an image, whose lengths mostly are even.
         step = max(1, -(-values.numel() // _SAMPLE)) | 1
@@ -72,15 +88,14 @@ class ActivationQuantizer(nn.Module):
         signed = negative if self.signed is None else self.signed
         self.set_codes(IntFormat.signed(self.bits) if signed else IntFormat.unsigned(self.bits))
         assert self.codes is not None
-        most = float(values.abs().max()) or 1.0
-        largest = max(self.codes.hi, 1) if not signed else max(-self.codes.lo, 1)
+        full = self._full(values)
+        full = torch.where(full > 0, full, 1.0)
         best = (float("inf"), 1.0)
         for share in torch.logspace(-2.5, 0, _GRID, base=10).tolist():
-            scale = share * most / largest
-            error = float((fake_quantize(values, values.new_tensor(scale), self.codes) - values).square().mean())
-            best = min(best, (error, scale))
+            error = float((fake_quantize(values, share * full, self.codes) - values).square().mean())
+            best = min(best, (error, share))
         with torch.no_grad():
-            self.scale.fill_(best[1])
+            self.scale.fill_(best[1] if self.per_token else best[1] * float(full))
 
     def set_codes(self, codes: IntFormat) -> None:
         """Fix the range of codes."""
@@ -91,7 +106,7 @@ class ActivationQuantizer(nn.Module):
     def to_codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as float64."""
         assert self.codes is not None
-        return (x / self.step()).round().clamp(self.codes.lo, self.codes.hi).double()
+        return (x / self.step(x)).round().clamp(self.codes.lo, self.codes.hi).double()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "code_range")
@@ -108,4 +123,4 @@ class ActivationQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, codes={self.codes}"
+        return f"bits={self.bits}, codes={self.codes}" + ", per_token=True" * self.per_token
