@@ -24,7 +24,7 @@ from accaware.ptq.rounding import Exact, least
 
 __all__ = ["Axe", "at_best_scale"]
 
-_ELEMENTS = 1 << 24  # weights of candidates that are solved at once
+_ELEMENTS = 1 << 20  # weights of candidates that are solved at once: more do not stay in the caches
 
 
 class Axe(Exact):
