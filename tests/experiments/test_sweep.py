@@ -118,6 +118,8 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(options: list[str]) -> None:
         fresh = lambda: [p for p in under_way(folder) if p not in halves and len(attempts(p)) == 1]  # noqa: E731
         wait_for(fresh, driver)
         (victim, *_) = fresh()
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, attempts(victim)[0]) == own, "work beside it would starve the sweep"
         os.kill(attempts(victim)[0], signal.SIGKILL)
         out, err = driver.communicate(timeout=LIMIT)
         assert (driver.returncode, err) == (0, ""), out

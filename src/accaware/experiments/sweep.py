@@ -90,6 +90,7 @@ def _complete(folder: Path, settings: Settings) -> bool:
 def _ray(address: str | None, workers: int | None) -> Iterator[Any]:
     """The module, connected; it says only what is wrong, and calls nobody."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve a sweep beside other work
     import ray
 
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
