@@ -61,6 +61,8 @@ def equalize(model: nn.Module) -> int:
     """
     if any(layer.input_quant.codes is not None for layer in quant_layers(model).values()):
         raise ValueError("this model is calibrated already; equalize comes first")
+    if any(layer.rotation is not None for layer in quant_layers(model).values()):
+        raise ValueError("this model is rotated already; equalize comes before prepare_")
     pairs = list(_pairs(model))
     for _ in range(_SWEEPS if pairs else 0):
         largest = max(_equalize(pair) for pair in pairs)

@@ -67,14 +67,14 @@ class QuantLayer(nn.Module):
         self.name, self.spec, self.inside = name, spec.of_depthwise() if self.depthwise else spec, inside
         self.rows = self.make_rows()
         self.register_buffer("rotation", self.make_rotation(), persistent=False)
-        with torch.no_grad():
-            self.weight.copy_(self.rotated(self.weight))
+        if self.rotation is not None:  # a parameter of its own: others may share the float one
+            self.weight = nn.Parameter(self.rotated(self.weight.detach()).to(self.weight.dtype))
         self.input_quant = input_quant
         self.weight_quant = weight_quantizer(self.spec, self.rows.channels, self.rows.parts)
         self.weight_quant.to(self.weight.device)
         values = [spec.weight_bits, spec.act_bits, spec.acc_bits, spec.outer_bits]
         values += [-1 if spec.tile is None else spec.tile, spec.preload == "free"]
-        values += [input_quant.per_token, self.rotation is not None]
+        values += [spec.act_scale == "token", spec.rotate]
         self.register_buffer("request", torch.tensor(values, dtype=torch.int32, device=self.weight.device))
         self.wrap_bits: int | None = None
         self._cache: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -176,6 +176,10 @@ class QuantLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "request")
+        if stored is None and self.rotation is not None and prefix + "weight" in state_dict:
+            raise ValueError(f"{self.name}: its weights are rotated; load float weights before prepare_")
+        if stored is not None:  # earlier ones know neither tokens nor rotation
+            stored = state_dict[prefix + "request"] = F.pad(stored, (0, len(self.request) - len(stored)))
         if stored is not None and not torch.equal(stored.cpu(), self.request.cpu()):
             pairs = zip(_REQUEST, stored.tolist(), self.request.tolist(), strict=True)
             wrong = ", ".join(f"{name} {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours)

@@ -48,10 +48,10 @@ def prepare_(
     streams = {name: module for name, module in model.named_modules() if isinstance(module, QuantIdentity)}
     if not targets:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; known are {_known()}")
-    linear = any(isinstance(module, nn.Linear) for module in targets.values())
-    if not linear and (spec.act_scale == "token" or spec.rotate):
-        raise ValueError("act_scale 'token' and rotate are for nn.Linear, which this model has none of")
     kept = _match(keep or {}, [*targets, *streams], "keep")
+    linear = any(isinstance(module, nn.Linear) and name not in kept for name, module in targets.items())
+    if not linear and (spec.act_scale == "token" or spec.rotate):
+        raise ValueError("act_scale 'token' and rotate are for nn.Linear, of which the request has none")
     widths = _match(acc_bits or {}, list(targets), "acc_bits")
     signs = _match(signed or {}, [*targets, *streams], "signed")
     for pattern, value in (keep or {}).items():
@@ -67,11 +67,11 @@ def prepare_(
             continue
         inside = bits is None
         layer_spec = replace(spec, acc_bits=widths.get(name, spec.acc_bits)) if bits is None else kept_spec(spec, bits)
-        linear = isinstance(module, nn.Linear)
-        per_token, rotate = linear and layer_spec.act_scale == "token", linear and layer_spec.rotate
-        key = (seen.sources.get(name, name), layer_spec.act_bits, per_token, rotate)
+        if not isinstance(module, nn.Linear):
+            layer_spec = replace(layer_spec, act_scale="tensor", rotate=False)
+        key = (seen.sources.get(name, name), layer_spec.act_bits, layer_spec.act_scale, layer_spec.rotate)
         if key not in quantizers:
-            quantizers[key] = ActivationQuantizer(layer_spec.act_bits, signs.get(name), per_token)
+            quantizers[key] = ActivationQuantizer(key[1], signs.get(name), per_token=layer_spec.act_scale == "token")
         if isinstance(module, QuantIdentity):
             module.input_quant = quantizers[key]
         else:

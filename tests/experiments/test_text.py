@@ -159,6 +159,16 @@ def test_a_language_model_from_the_command_line(tmp_path: Path, monkeypatch: pyt
     inside = [op.name.removeprefix("transformer.h.0.") for op in certificate.inside]
     assert inside == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]  # Conv1D, and no head
     assert certificate.holds
+    assert run(["ptq", *words, *PTQ, "--rotate", "--act-scale", "token", "--out", "b"]) == 0
+    turned = aa.Certificate.load("b/certificate.json")
+    assert turned.holds
+    assert {op.note for op in turned.inside} == {"a scale for each token, inputs are rotated"}
+    again = load_run(Path("b"))
+    assert aa.certify(again).sha256 == turned.sha256 != certificate.sha256
+    with torch.no_grad():
+        loss = again(input_ids=pieces, labels=pieces).loss
+    found = json.loads(Path("b/result.json").read_text())["perplexity"]
+    assert found == pytest.approx(math.exp(loss.item()), rel=1e-3)
 
 
 def test_impossible_requests_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

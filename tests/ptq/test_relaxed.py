@@ -91,3 +91,14 @@ def test_the_largest_eigenvalue_is_not_underestimated():
     found = _largest_eigenvalue(problem.gram)
     assert bool((found >= exact).all())
     assert bool((found <= 1.2 * exact).all())
+
+
+@pytest.mark.parametrize("correlation", [-0.9, 0.0, 0.9])
+@pytest.mark.parametrize("fan_in", [2, 3])
+def test_whatever_the_signs_of_correlations(correlation, fan_in):
+    """A start along one eigenvector would find that one's value."""
+    gram = torch.full((1, fan_in, fan_in), correlation / (fan_in - 1)) + (1 - correlation / (fan_in - 1)) * torch.eye(
+        fan_in
+    )
+    exact = float(torch.linalg.eigvalsh(gram).max())
+    assert exact <= float(_largest_eigenvalue(gram)) <= 1.2 * exact

@@ -11,7 +11,7 @@ from accaware.certify.certificate import Certificate, Operation, outside
 from accaware.formats import IntFormat
 from accaware.integer.convert import integer_layers
 from accaware.integer.layer import IntegerLayer
-from accaware.layers import LAYERS, QuantIdentity
+from accaware.layers import LAYERS, QuantIdentity, QuantLayer
 from accaware.trace import Other, Trace
 
 __all__ = ["certify"]
@@ -31,6 +31,11 @@ def certify(model: nn.Module) -> Certificate:
         outside(name, type(module).__name__, None, "float layer")
         for name, module in modules.items()
         if type(module) in LAYERS
+    ]
+    others += [
+        outside(f"{name}.rotation", "Hadamard", None, "in floats, before the layer")
+        for name, module in modules.items()
+        if isinstance(module, QuantLayer) and module.rotation is not None
     ]
     seen: Trace = getattr(model, "_accaware_trace", Trace())
     bits = max((layer.codes.span.bit_length() for layer in layers if layer.inside), default=0)

@@ -131,10 +131,10 @@ class Settings:
             if method not in ("projected", "baseline"):
                 other = "; algorithm 'projection' takes all" if self.command == "ptq" else ""
                 raise ValueError(f"{what} needs method projected or baseline, not {method!r}{other}")
-        if algorithm in ("gptq", "gpfq") and self.method != "baseline":
-            raise ValueError(f"{what} knows no accumulator: it needs method 'baseline'")
-        if algorithm.startswith("axe") and (self.method, self.preload) != ("projected", "none"):
-            raise ValueError(f"{what} needs method projected and no free preload")
+            if algorithm in ("gptq", "gpfq") and method != "baseline":
+                raise ValueError(f"{what} knows no accumulator: it needs method 'baseline'")
+            if algorithm.startswith("axe") and (method, self.preload) != ("projected", "none"):
+                raise ValueError(f"{what} needs method projected and no free preload")
         if self.bias_correct:
             raise ValueError(f"{what} corrects biases itself: leave bias_correct out")
 

@@ -35,6 +35,7 @@ def integer_layer(layer: QuantLayer) -> IntegerLayer:
     taps = rows.join(q).flatten(0, 1).cpu().numpy()
     preload = layer.preload(q).reshape(len(taps), rows.tiles).cpu().numpy()
     accumulator, act_scale = layer.spec.accumulator, layer.input_quant.fixed_step()
+    notes = {"a scale for each token": act_scale is None, "inputs are rotated": layer.rotation is not None}
     return IntegerLayer(
         name=layer.name,
         kind=type(layer).__name__.removeprefix("Quant"),
@@ -47,6 +48,7 @@ def integer_layer(layer: QuantLayer) -> IntegerLayer:
         inside=layer.inside,
         method=layer.spec.method,
         repaired=int(repaired.sum()),
+        note=", ".join(note for note, true in notes.items() if true),
     )
 
 

@@ -24,7 +24,7 @@ class IntegerLayer:
     codes: range of the input codes as they are stored. zero_points: the code that stands for 0, or the smallest and
         the largest that may (dynamic quantization: all codes of one input share one).
     preload: one integer, or integers [R], or [R, tiles], that the register starts from (one, for tiles of any taps).
-    scale: float64 [R] and act_scale: output = scale * act_scale * sum of products.
+    scale: float64 [R] and act_scale: output = scale * act_scale * sum of products. None: each token has its own.
     inside: False for an operation outside the request, of which only the width is reported.
     method: the set or quantizer that the weights come from. repaired: rows that the exact check had to repair.
     raw: whether the register adds the products of stored codes, (q + weight_zero) * code with integers `weight_zero`

@@ -67,15 +67,14 @@ def at_best_scale(
     solve: from weights [R, K], scales [R, 1] and the problem to integers [R, K]. Returns integers and scales.
     """
     base = weight.abs().amax(-1, keepdim=True).clamp(min=1e-10) / problem.qmax
-    found = []
+    q, scale, least_error = torch.zeros_like(weight), base, torch.full_like(base, float("inf"))
     for part in torch.split(ratios.to(weight), max(1, _ELEMENTS // weight.numel())):
         many = problem.repeated(len(part))
-        scale = (base * part).reshape(-1, 1)
-        q = solve(weight.repeat_interleave(len(part), 0), scale, many)
-        error = output_error(q, scale, many).reshape(-1, len(part))
-        best = (torch.arange(len(error), device=error.device) * len(part)) + error.argmin(-1)
-        found.append((q[best], scale[best], error.amin(-1)))
-    q, scale, error = (torch.stack(values) for values in zip(*found, strict=True))
-    best = error.argmin(0)
-    rows = torch.arange(len(best), device=best.device)
-    return q[best, rows], scale[best, rows]
+        steps = (base * part).reshape(-1, 1)
+        codes = solve(weight.repeat_interleave(len(part), 0), steps, many)
+        error, which = output_error(codes, steps, many).reshape(-1, len(part)).min(-1, keepdim=True)
+        best = torch.arange(len(error), device=error.device) * len(part) + which.squeeze(-1)
+        better = error < least_error
+        q, scale = torch.where(better, codes[best], q), torch.where(better, steps[best], scale)
+        least_error = torch.minimum(error, least_error)
+    return q, scale

@@ -54,7 +54,9 @@ class Problem:
 
     def repeated(self, times: int) -> Problem:
         """The same with each row so many times in a row."""
-        return replace(self, cross=self.cross.repeat_interleave(times, 0))
+        problem = replace(self, cross=self.cross.repeat_interleave(times, 0))
+        problem.__dict__["feedback"] = self.feedback  # which depends on no row
+        return problem
 
     def times(self, w: Tensor) -> Tensor:
         """H w for every row; w: [R, K]."""

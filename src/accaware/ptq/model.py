@@ -157,8 +157,10 @@ def _collect(group: list[Moments], model: nn.Module, reference: nn.Module, batch
             _run(model, feed)
             _run(reference, feed)
             for moments, seen, wanted in zip(group, inputs, originals, strict=True):
+                layer = moments.layer
                 while seen:
-                    moments.add(*seen.pop(), *wanted.pop())
+                    (x,), (original, y) = seen.pop(), wanted.pop()
+                    moments.add(layer.input_quant(layer.rotated(x)), layer.rotated(original), y)
     finally:
         for hook in hooks:
             hook.remove()

@@ -28,8 +28,8 @@ class Moments:
         self.mixed = self.originals = self.x
 
     def add(self, x: Tensor, original: Tensor, y: Tensor) -> None:
-        """x: inputs of the layer; original, y: inputs and outputs of the float layer, for the same images."""
-        taps = _taps(self.layer, self.layer.input_quant(self.layer.rotated(x)))
+        """x: quantized inputs of the layer; original, y: inputs and outputs of the float layer, for the same images."""
+        taps = _taps(self.layer, x)
         bias = cast(Tensor | None, self.reference.bias)
         y = y if bias is None else y - self.layer._along_channels(bias)
         y = y if self.layer.weight.dim() == 2 else y.movedim(-self.layer.weight.dim() + 1, -1)
@@ -41,7 +41,7 @@ class Moments:
         self.power = self.power.to(taps.device) + y.square().sum(1, dtype=torch.float64)
         self.count += taps.shape[1]
         if self.mixing:
-            others = _taps(self.layer, self.layer.rotated(original))
+            others = _taps(self.layer, original)
             self.mixed = self.mixed.to(taps.device) + (taps.mT @ others).double()
             self.originals = self.originals.to(taps.device) + others.sum(1, dtype=torch.float64)
 

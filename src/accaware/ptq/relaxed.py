@@ -83,7 +83,10 @@ class Relaxation:
         return v
 
     def shrink(self, v: Tensor, step: Tensor, roots: list[Tensor], newton: int) -> Tensor:
-        """The nearest rows within the budget at this scale, to a few steps of Newton's method from and to `roots`."""
+        """Rows within the budget at this scale, near v: the nearest of those without a largest |x|, cut off there.
+
+        roots: where a few steps of Newton's method start, and end.
+        """
         if self.nearest.l1 is not None:
             sizes, caps = [v.abs()], [self.nearest.l1]
         else:
@@ -137,7 +140,7 @@ def first_scale(weight: Tensor, relaxation: Relaxation) -> Tensor:
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:
     """Of each matrix [G, K, K], or a little more; by the power method."""
-    x = torch.ones_like(gram[:, :, :1])
+    x = torch.arange(gram.shape[1]).cos().to(gram).view(1, -1, 1)  # unlike any eigenvector
     for _ in range(30):
         x = gram @ x
         x /= torch.linalg.vector_norm(x, dim=1, keepdim=True)

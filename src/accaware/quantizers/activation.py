@@ -57,7 +57,7 @@ class ActivationQuantizer(nn.Module):
         """The scale at which the largest value (of each token, if they have their own) has the largest code."""
         assert self.codes is not None
         if self.per_token:
-            return x.detach().abs().amax(-1, keepdim=True) / max(self.codes.hi, 1)
+            return x.detach().float().abs().amax(-1, keepdim=True) / max(self.codes.hi, 1)
         return x.abs().max() / max(self.codes.hi, -self.codes.lo, 1)
 
     def fixed_step(self) -> Tensor | None:
@@ -106,7 +106,7 @@ class ActivationQuantizer(nn.Module):
     def to_codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as float64."""
         assert self.codes is not None
-        return (x / self.step(x)).round().clamp(self.codes.lo, self.codes.hi).double()
+        return (x.float() / self.step(x)).round().clamp(self.codes.lo, self.codes.hi).double()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "code_range")
