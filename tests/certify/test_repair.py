@@ -390,6 +390,8 @@ def test_what_cannot_be_repaired_is_named(tmp_path) -> None:
     impossible(path, AVX2, "product: its weights 'w' are also what Cast 'spy' uses")
     path = integer_matmul(FULL, node("Gather", "w i", "c", "spy"), folder=tmp_path, i=np.array([0]))
     impossible(path, AVX2, "product: its weights 'w' are also what Gather 'spy' uses")
+    path = integer_matmul(FULL, node("Gather", "w i", "c", "two\nlines"), folder=tmp_path, i=np.array([0]))
+    impossible(path, AVX2, r"also what Gather 'two\\nlines' uses$")
     square = np.full((4, 4), 127, np.int8)
     turned = [node("Transpose", "w", "t", perm=[1, 0]), node("MatMulInteger", "x t z", "v", "other")]
     impossible(

@@ -21,7 +21,7 @@ from accaware.certify.proof import Operation, Witness, outside, prove
 from accaware.files import write_whole
 from accaware.integer.layer import IntegerLayer
 
-__all__ = ["SCHEMA", "Certificate", "Operation", "Witness", "outside", "prove"]
+__all__ = ["SCHEMA", "Certificate", "Operation", "Witness", "outside", "printable", "prove"]
 
 SCHEMA = 1
 TOOL = f"accaware {__version__}"
@@ -124,11 +124,11 @@ class Certificate:
 def _cells(op: Operation) -> list[str]:
     if op.target is None or op.codes is None:
         needs = "?" if op.bits_needed is None else str(op.bits_needed)
-        return [_printable(op.name), _printable(op.kind), "", "", "", needs, "", "", "", op.method, op.verdict]
+        return [printable(op.name), printable(op.kind), "", "", "", needs, "", "", "", op.method, op.verdict]
     tile = f", {op.target.outer_bits} after {op.target.tile}" if op.target.tile else ""
     return [
-        _printable(op.name),
-        _printable(op.kind),
+        printable(op.name),
+        printable(op.kind),
         str(op.fan_in),
         f"[{op.codes.lo}, {op.codes.hi}]",
         f"{op.target.bits}{tile}",
@@ -150,10 +150,10 @@ def _remark(op: Operation) -> str:
     if op.repaired:
         remarks.append(f"{op.repaired} rows repaired by the exact check")
     text = "; ".join(filter(None, remarks))
-    return _printable(f"{op.name}: {text}") if text else ""
+    return printable(f"{op.name}: {text}") if text else ""
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names come from anybody's files: what would move the cursor or start a line is spelt out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

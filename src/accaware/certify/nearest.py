@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from accaware.bounds import Budget, Integers
+from accaware.certify.certificate import printable
 from accaware.certify.proof import prove
 from accaware.formats import IntFormat
 from accaware.integer.layer import IntegerLayer
@@ -39,6 +40,9 @@ _LIMIT = 2**52  # sums of weights beyond which no limit binds
 
 class ImpossibleError(ValueError):
     """No weights meet the request, or none can be written into the file; one line that says where and why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # names of files' operators may hold anything
 
 
 @dataclass(frozen=True, eq=False)
