@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
+from timing import peak
 
 from accaware.certify.files import certify_file
 from accaware.certify.targets import TARGETS
@@ -32,12 +33,6 @@ def make(path: Path, side: int, layers: int) -> None:
     outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.INT32, [1, side]) for i in range(layers)]
     tensors = [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)]
     onnx.save(helper.make_model(helper.make_graph(nodes, "graph", inputs, outputs, tensors)), path)
-
-
-def peak() -> int:
-    """Bytes that this process has had in memory at most; Linux. (`ru_maxrss` would be that of its parent.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def measure(path: Path, target: str) -> tuple[float, int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from timing import alternate, report
+from timing import alternate, peak, report
 from torch import Tensor
 
 from accaware.bounds import budget
@@ -58,7 +58,7 @@ def measure(
         problem.__dict__.pop("feedback", None)  # the factor that `Problem` keeps
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
         error = (1 + output_error(*solve(), problem) / power).mean()
-        found[name] = float(error), peak()
+        found[name] = float(error), peak() >> 20
 
     def once(solve: Callable[..., Tensor], kind: type[Nearest]) -> tuple[Tensor, Tensor]:
         return solve(weight, scale, problem, kind), scale
@@ -73,12 +73,6 @@ def measure(
         ratios = torch.tensor(scale_ratios(problem.qmax))
         candidates["gptq, searched"] = partial(at_best_scale, partial(gptq, kind=Nearest), weight, problem, ratios)
     return alternate({name: partial(run, name, solve) for name, solve in candidates.items()}, rounds), found
-
-
-def peak() -> int:
-    """MB that this process has had in memory at most; Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -37,6 +38,12 @@ def report(title: str, seconds: Mapping[str, list[float]], baselines: list[str])
         ]
         table.add_row(name, f"{1000 * statistics.median(times):.1f}", *(f"{ratio:.2f}" for ratio in ratios))
     Console().print(table)
+
+
+def peak() -> int:
+    """Bytes that this process has had in memory at most; Linux. (`ru_maxrss` would be that of its parent.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _cpu() -> str:

@@ -71,7 +71,9 @@ def prepare_(
             layer_spec = replace(layer_spec, act_scale="tensor", rotate=False)
         key = (seen.sources.get(name, name), layer_spec.act_bits, layer_spec.act_scale, layer_spec.rotate)
         if key not in quantizers:
-            quantizers[key] = ActivationQuantizer(key[1], signs.get(name), per_token=layer_spec.act_scale == "token")
+            quantizers[key] = ActivationQuantizer(
+                layer_spec.act_bits, signs.get(name), per_token=layer_spec.act_scale == "token"
+            )
         if isinstance(module, QuantIdentity):
             module.input_quant = quantizers[key]
         else:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from fractions import Fraction
 from html import escape
 
+from accaware.certify.certificate import printable
+
 LETTERS, DIGITS = 120, 40  # of a name, of an integer
 
 
@@ -33,7 +35,7 @@ def _safe(text: str) -> str:
     # turns the line around could fake a name.
     if isinstance(text, Markup):
         return text
-    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    return escape(printable(text))
 
 
 def svg(title: str, about: str, *children: str, **attributes: str | int) -> Markup:
