@@ -56,6 +56,19 @@ def test_gradients_equal_the_lsq_formula(form, shape, grad_scale):
     assert torch.equal(ours[1], theirs[1] * grad_scale)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_one_scale_is_the_same_in_every_layout(layout):
+    torch.manual_seed(0)
+    x = (torch.randint(-1000, 1000, (2, 3, 4, 5)).double() / 64).to(memory_format=layout).requires_grad_()
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randint(-50, 50, x.shape).double() / 16  # never channels_last, and once of one element in memory
+    for g in (grad, grad[:1, :1, :1, :1].expand_as(x)):
+        ours = torch.autograd.grad(fake_quantize(x, scale, IntFormat.unsigned(4)), (x, scale), g)
+        theirs = torch.autograd.grad(lsq(x, scale, IntFormat.unsigned(4)), (x, scale), g)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
 def test_where_a_budget_holds_the_integers_the_scale_sees_them_fixed():
     form = IntFormat.narrow(4)
     x = (torch.arange(-40, 41).double() / 8).reshape(3, 27).requires_grad_()

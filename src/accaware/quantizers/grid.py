@@ -39,9 +39,16 @@ class _FakeQuantize(torch.autograd.Function):
         form = ctx.form
         # A mask by comparison is ten times slower on a CPU than the backward pass of a hard tanh.
         inside = torch.ops.aten.hardtanh_backward(grad, u, form.lo - _EDGE, form.hi + _EDGE)
-        drift = inside * u if free is None else inside * u * free
-        slope = (grad * out).sum_to_size(scale.shape) / scale - drift.sum_to_size(scale.shape)
-        return inside, slope * ctx.grad_scale, None, None, None
+        drift = _products(inside, u if free is None else u * free, scale)
+        return inside, (_products(grad, out, scale) / scale - drift) * ctx.grad_scale, None, None, None
+
+
+def _products(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """a * b, summed to the shape of `like`."""
+    if like.numel() > 1:
+        return (a * b).sum_to_size(like.shape)
+    order = b.dim_order()  # in the order of memory flattening copies nothing, and a dot product makes no third tensor
+    return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1)).reshape(like.shape)
 
 
 def fake_quantize(
