@@ -12,7 +12,7 @@ from accaware.formats import Accumulator, IntFormat
 from accaware.projections import holds, project_integers
 from accaware.ptq import relaxed
 from accaware.ptq.descent import Problem, output_error
-from accaware.ptq.relaxed import Relaxation, _largest_eigenvalue, start, sweep
+from accaware.ptq.relaxed import Relaxation, start, sweep
 
 BUDGETS = {
     "unsigned": budget(IntFormat.unsigned(2), Accumulator(6)),
@@ -70,7 +70,8 @@ def test_the_real_weights_are_the_best_within_the_budget(name):
     problem, w = problem_of(BUDGETS[name], [0] * 12)
     scale = torch.full((len(w), 1), 0.2, dtype=torch.float64)
     relaxation = Relaxation(problem)
-    v = relaxation.merge(relaxation.solve(relaxation.split(w), scale, 2000))
+    rows = relaxation.split(w)
+    v = relaxation.merge(relaxation.solve(rows, torch.zeros_like(rows), scale, 300)[0])
     assert bool((v.abs() <= 0.2 * 7 + 1e-6).all())
     sums = v.clamp(min=0).sum(-1), (-v).clamp(min=0).sum(-1)
     limits = (problem.budget.positive, problem.budget.negative)
@@ -83,22 +84,3 @@ def test_the_real_weights_are_the_best_within_the_budget(name):
         corner = torch.zeros_like(v)
         corner[:, tap] = sign * 0.2 * min(7, problem.budget.l1 or limits[sign < 0])
         assert float((slope * (corner - v)).sum(-1).min()) > -1e-3
-
-
-def test_the_largest_eigenvalue_is_not_underestimated():
-    problem, _ = problem_of(BUDGETS["loose"], [0] * 12)
-    exact = torch.linalg.eigvalsh(problem.gram)[:, -1]
-    found = _largest_eigenvalue(problem.gram)
-    assert bool((found >= exact).all())
-    assert bool((found <= 1.2 * exact).all())
-
-
-@pytest.mark.parametrize("correlation", [-0.9, 0.0, 0.9])
-@pytest.mark.parametrize("fan_in", [2, 3])
-def test_whatever_the_signs_of_correlations(correlation, fan_in):
-    """A start along one eigenvector would find that one's value."""
-    gram = torch.full((1, fan_in, fan_in), correlation / (fan_in - 1)) + (1 - correlation / (fan_in - 1)) * torch.eye(
-        fan_in
-    )
-    exact = float(torch.linalg.eigvalsh(gram).max())
-    assert exact <= float(_largest_eigenvalue(gram)) <= 1.2 * exact

@@ -42,20 +42,47 @@ class Problem:
     mixed: Tensor | None = None
 
     @cached_property
-    def feedback(self) -> tuple[Tensor, Tensor]:
-        """Taps in the order of falling power, [G, K], and the upper Cholesky factor of H^-1 in that order."""
-        order = self.gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(reordered(self.gram, order).double()))
-        return order, torch.linalg.cholesky(inverse, upper=True).to(self.gram)
+    def order(self) -> Tensor:
+        """Taps in the order of falling power, [G, K]."""
+        return self.gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The lower Cholesky factor of H in that order."""
+        factor: Tensor = torch.linalg.cholesky(reordered(self.gram, self.order))
+        return factor
+
+    @cached_property
+    def feedback(self) -> Tensor:
+        """The upper Cholesky factor of H^-1 in that order."""
+        upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(self.factor), upper=True)
+        return upper
+
+    def unbounded(self) -> Tensor:
+        """The real weights of the smallest error, H^-1 c; [R, K]."""
+        return self.by_row(torch.cholesky_solve(self.by_tap(self.cross, self.order), self.factor), self.order)
 
     def grouped(self, rows: Tensor) -> Tensor:
         """[R, K] -> [G, R/G, K]."""
         return rows.reshape(len(self.gram), -1, rows.shape[1])
 
+    def by_tap(self, rows: Tensor, order: Tensor | None = None) -> Tensor:
+        """[R, K] -> a copy [G, K, R/G], with the taps in this order: what visits taps finds all rows side by side."""
+        taps = self.grouped(rows).mT
+        if order is None:
+            return taps.clone(memory_format=torch.contiguous_format)
+        return taps.gather(1, order.unsqueeze(2).expand_as(taps))
+
+    def by_row(self, taps: Tensor, order: Tensor | None = None) -> Tensor:
+        """And back."""
+        if order is not None:
+            taps = torch.empty_like(taps).scatter_(1, order.unsqueeze(2).expand_as(taps), taps)
+        return taps.mT.flatten(0, 1).contiguous()
+
     def repeated(self, times: int) -> Problem:
         """The same with each row so many times in a row."""
         problem = replace(self, cross=self.cross.repeat_interleave(times, 0))
-        problem.__dict__["feedback"] = self.feedback  # which depends on no row
+        problem.__dict__.update(order=self.order, factor=self.factor, feedback=self.feedback)  # no row's own
         return problem
 
     def times(self, w: Tensor) -> Tensor:

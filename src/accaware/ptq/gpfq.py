@@ -20,18 +20,17 @@ def gpfq(weight: Tensor, scale: Tensor, problem: Problem, kind: type[Nearest]) -
     weight: [R, K]; scale: [R, 1] > 0; kind: how a tap is rounded. Returns integers [R, K].
     """
     assert problem.mixed is not None
-    order = problem.gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)  # [G, K]
+    order = problem.order
     gram, mixed = reordered(problem.gram, order), reordered(problem.mixed, order)
     rounding, tiles = kind(weight, scale, problem), problem.tiles[order]
-    steps = problem.grouped(scale)
-    place = order.unsqueeze(1).expand_as(problem.grouped(weight))
-    w = problem.grouped(weight).gather(2, place)
-    wanted = w @ mixed.tril().mT  # G_tt w_t + sum_{j<t} G_tj w_j
-    q = torch.empty_like(w)
-    for start in range(0, w.shape[2], BLOCK):
-        end = min(start + BLOCK, w.shape[2])
+    steps = problem.grouped(scale).squeeze(-1)
+    wanted = mixed.tril() @ problem.by_tap(weight, order)  # G_tt w_t + sum_{j<t} G_tj w_j
+    q = torch.empty_like(wanted)
+    for start in range(0, q.shape[1], BLOCK):
+        end = min(start + BLOCK, q.shape[1])
         for t in range(start, end):
-            _, q[..., t] = rounding(wanted[..., t] / gram[:, t, t].unsqueeze(-1), tiles[:, t])
-            wanted[..., t + 1 : end] -= (steps[..., 0] * q[..., t]).unsqueeze(-1) * gram[:, t, t + 1 : end].unsqueeze(1)
-        wanted[..., end:] -= (steps * q[..., start:end]) @ gram[:, start:end, end:]
-    return torch.empty_like(q).scatter_(2, place, q).flatten(0, 1)
+            _, q[:, t] = rounding(wanted[:, t] / gram[:, t, t].unsqueeze(-1), tiles[:, t])
+            change = (steps * q[:, t]).unsqueeze(1)
+            wanted[:, t + 1 : end].addcmul_(gram[:, t, t + 1 : end].unsqueeze(2), change, value=-1)
+        wanted[:, end:] -= gram[:, end:, start:end] @ (steps.unsqueeze(1) * q[:, start:end])
+    return problem.by_row(q, order)

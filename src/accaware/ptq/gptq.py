@@ -19,18 +19,17 @@ def gptq(weight: Tensor, scale: Tensor, problem: Problem, kind: type[Nearest]) -
 
     weight: [R, K]; scale: [R, 1] > 0; kind: how a tap is rounded. Returns integers [R, K].
     """
-    order, upper = problem.feedback
+    order, upper = problem.order, problem.feedback
     rounding, tiles = kind(weight, scale, problem), problem.tiles[order]
-    steps = problem.grouped(scale)
-    place = order.unsqueeze(1).expand_as(problem.grouped(weight))
-    w = problem.grouped(weight).gather(2, place)
+    steps = problem.grouped(scale).squeeze(-1)
+    w = problem.by_tap(weight, order)
     q = torch.empty_like(w)
-    for start in range(0, w.shape[2], BLOCK):
-        end = min(start + BLOCK, w.shape[2])
-        errors = torch.empty_like(w[..., start:end])
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        errors = torch.empty_like(w[:, start:end])
         for t in range(start, end):
-            z, q[..., t] = rounding(w[..., t], tiles[:, t])
-            errors[..., t - start] = (z - steps[..., 0] * q[..., t]) / upper[:, t, t].unsqueeze(-1)
-            w[..., t:end] -= errors[..., t - start].unsqueeze(-1) * upper[:, t, t:end].unsqueeze(1)
-        w[..., end:] -= errors @ upper[:, start:end, end:]
-    return torch.empty_like(q).scatter_(2, place, q).flatten(0, 1)
+            z, q[:, t] = rounding(w[:, t], tiles[:, t])
+            errors[:, t - start] = (z - steps * q[:, t]) / upper[:, t, t].unsqueeze(-1)
+            w[:, t:end].addcmul_(upper[:, t, t:end].unsqueeze(2), errors[:, t - start].unsqueeze(1), value=-1)
+        w[:, end:] -= upper[:, start:end, end:].mT @ errors
+    return problem.by_row(q, order)

@@ -36,14 +36,14 @@ class Moments:
         y = y.reshape(taps.shape[1], len(taps), -1).transpose(0, 1)
         self.gram = self.gram.to(taps.device) + (taps.mT @ taps).double()
         self.cross = self.cross.to(taps.device) + (y.mT @ taps).double()
-        self.x = self.x.to(taps.device) + taps.sum(1, dtype=torch.float64)
-        self.y = self.y.to(taps.device) + y.sum(1, dtype=torch.float64)
-        self.power = self.power.to(taps.device) + y.square().sum(1, dtype=torch.float64)
+        self.x = self.x.to(taps.device) + taps.sum(1).double()
+        self.y = self.y.to(taps.device) + y.sum(1).double()
+        self.power = self.power.to(taps.device) + y.square().sum(1).double()
         self.count += taps.shape[1]
         if self.mixing:
             others = _taps(self.layer, original)
             self.mixed = self.mixed.to(taps.device) + (taps.mT @ others).double()
-            self.originals = self.originals.to(taps.device) + others.sum(1, dtype=torch.float64)
+            self.originals = self.originals.to(taps.device) + others.sum(1).double()
 
     def finish(self, centred: bool) -> Moments:
         """Sums to means; `centred`: second moments about the means."""

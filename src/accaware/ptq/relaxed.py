@@ -2,7 +2,8 @@
 
 The real weights v = s x that minimise the output error under the budget share it over the whole row, by its
 convex problem: sum x+ <= B+ and sum x- <= B- in each tile (inputs of one sign), or ||x||_1 <= B, |x| <= qmax. They are
-found by accelerated projected gradients (FISTA), and rounded as GPTQ does, by what the exact budget has left.
+found by alternating between the least squares and the budget (ADMM), and rounded as GPTQ does, by what the exact budget
+has left.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from accaware.ptq.rounding import BLOCK, Exact
 __all__ = ["Relaxation", "first_scale", "start", "sweep"]
 
 _SCALES, _STRIDE = 5, 0.5  # how many are tried; log2 between the first, upwards, and the second
-_STEPS = (40, 15)  # gradients from a cold start, and from the solution at another scale
+_STEPS = (12, 6)  # of the alternation, from a cold start, and from the solution at another scale
 _NEWTON = (8, 2)  # steps from zero, and from the threshold of the last gradient
+_PULL, _BEYOND = 1.5, 1.8  # towards the budget, relative to the taps' powers; and how far beyond it steps go (1: not)
 
 
 class Relaxation:
-    """The convex problem of real weights, in float32; in the metric of the taps' powers, which needs fewer gradients.
+    """The convex problem of real weights, in float32; in the metric of the taps' powers, which needs fewer steps.
 
     Its rows are [G, R/G, tiles, T]: the taps of each tile side by side, short ones padded with zeros.
     """
@@ -46,9 +48,10 @@ class Relaxation:
         self.gram = problem.gram.float()[:, taps][:, :, taps] * used * used.unsqueeze(1)
         self.cross = self.split(problem.cross)
         power = self.gram.diagonal(dim1=1, dim2=2) + (1 - used)
-        largest = _largest_eigenvalue(self.gram * (power.unsqueeze(1) * power.unsqueeze(2)).rsqrt())
+        pulled = self.gram + _PULL * torch.diag_embed(power)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(pulled))
         self.power = power.view(-1, 1, *self.used.shape)
-        self.reach = 1 / (largest.view(-1, 1, 1, 1) * self.power)
+        self.per_power = 1 / self.power
 
     def split(self, rows: Tensor) -> Tensor:
         """[R, K], of any type, to rows of this problem."""
@@ -65,22 +68,21 @@ class Relaxation:
         """H v for every row."""
         return torch.matmul(rows.flatten(2), self.gram).view_as(rows)
 
-    def solve(self, v: Tensor, scale: Tensor, gradients: int) -> Tensor:
-        """The rows of the smallest output error within the budget, from v; Beck and Teboulle 2009 (FISTA).
+    def solve(self, v: Tensor, duals: Tensor, scale: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """The rows of the smallest output error within the budget, and their duals, from those of another scale.
 
-        scale: [R, 1].
+        Boyd et al. 2011 (section 3.1.1, over-relaxed as in 3.4.3). scale: [R, 1].
         """
         step = scale.float().view(len(v), -1, 1, 1)
         roots = [torch.zeros_like(v[..., :1])] * 2
-        v = ahead = self.shrink(v, step, roots, _NEWTON[0])
-        momentum = 1.0
-        for _ in range(gradients):
-            new = ahead - (self.times(ahead) - self.cross) * self.reach
-            new = self.shrink(new, step, roots, _NEWTON[1])
-            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            ahead = new + (momentum - 1) / following * (new - v)
-            v, momentum = new, following
-        return v
+        v = self.shrink(v, step, roots, _NEWTON[0])
+        for _ in range(steps):
+            wanted = self.cross + _PULL * self.power * (v - duals)
+            free = torch.matmul(wanted.flatten(2), self.inverse).view_as(v)
+            ahead = torch.lerp(v, free, _BEYOND) + duals
+            v = self.shrink(ahead, step, roots, _NEWTON[1])
+            duals = ahead - v
+        return v, duals
 
     def shrink(self, v: Tensor, step: Tensor, roots: list[Tensor], newton: int) -> Tensor:
         """Rows within the budget at this scale, near v: the nearest of those without a largest |x|, cut off there.
@@ -93,10 +95,12 @@ class Relaxation:
             sizes, caps = [v.clamp(min=0), (-v).clamp_(min=0)], [cap or 0 for cap in self.caps]
         for side, cap in enumerate(caps):
             for _ in range(newton):  # at most one beyond the root; then it rises to it and stays there
-                left = (sizes[side] - roots[side] / self.power).clamp_(min=0)
-                slope = ((left > 0) / self.power).sum(-1, keepdim=True).clamp_(min=1e-30)
-                roots[side] = (roots[side] + (left.sum(-1, keepdim=True) - step * cap) / slope).clamp_(min=0)
-            sizes[side] = torch.minimum((sizes[side] - roots[side] / self.power).clamp_(min=0), step * self.qmax)
+                left = torch.addcmul(sizes[side], roots[side], self.per_power, value=-1).clamp_(min=0)
+                excess = left.sum(-1, keepdim=True) - step * cap
+                slope = left.sign_().mul_(self.per_power).sum(-1, keepdim=True).clamp_(min=1e-30)
+                roots[side] = (roots[side] + excess / slope).clamp_(min=0)
+            left = torch.addcmul(sizes[side], roots[side], self.per_power, value=-1)
+            sizes[side] = torch.minimum(left.clamp_(min=0), step * self.qmax)
         return sizes[0].copysign(v) if len(sizes) == 1 else sizes[0] - sizes[1]
 
 
@@ -106,14 +110,14 @@ def start(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     Each row goes to the scales that help, and turns around with half the stride at one that does not.
     """
     relaxation = Relaxation(problem)
-    factor = torch.linalg.cholesky(problem.gram)
-    v = relaxation.split(torch.cholesky_solve(problem.grouped(problem.cross).mT, factor).mT.flatten(0, 1))
+    v = relaxation.split(problem.unbounded())
+    duals = torch.zeros_like(v)
     centre = first_scale(weight, relaxation)
     stride, best = torch.full_like(centre, _STRIDE), torch.full_like(centre, float("inf"))
     q, scale = torch.zeros_like(weight), centre
     for turn in range(_SCALES):
         step = centre * 2.0**stride if turn else centre
-        v = relaxation.solve(v, step, _STEPS[turn > 0])
+        v, duals = relaxation.solve(v, duals, step, _STEPS[turn > 0])
         codes = gptq(relaxation.merge(v), step, problem, Exact)
         fit = problem.best_scale(codes, step)
         error = output_error(codes, fit, problem).unsqueeze(-1)
@@ -138,36 +142,26 @@ def first_scale(weight: Tensor, relaxation: Relaxation) -> Tensor:
     return scale.double().view(-1, 1)
 
 
-def _largest_eigenvalue(gram: Tensor) -> Tensor:
-    """Of each matrix [G, K, K], or a little more; by the power method."""
-    x = torch.arange(gram.shape[1]).cos().to(gram).view(1, -1, 1)  # unlike any eigenvector
-    for _ in range(30):
-        x = gram @ x
-        x /= torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    largest: Tensor = torch.linalg.vector_norm(gram @ x, dim=(1, 2))
-    return 1.1 * largest
-
-
 def sweep(q: Tensor, scale: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Once over all taps: each becomes the best integer that the budget allows beside the others. Then the best scale.
 
     q: [R, K] integers within the budget; scale: [R, 1] > 0. Returns both anew.
     """
-    room = Exact(q, scale, problem)
-    q, steps, gram = problem.grouped(q).clone(), problem.grouped(scale), problem.gram
-    slope = steps * q @ gram - problem.grouped(problem.cross)
+    room, gram = Exact(q, scale, problem), problem.gram
+    steps, q = problem.grouped(scale).squeeze(-1), problem.by_tap(q)
+    slope = gram @ (steps.unsqueeze(1) * q) - problem.grouped(problem.cross).mT
     tiles = problem.tiles.expand(len(gram), -1)
-    for t in range(q.shape[2]):
-        room.spend(q[..., t], tiles[:, t])
-    for begin in range(0, q.shape[2], BLOCK):
-        end = min(begin + BLOCK, q.shape[2])
-        before = q[..., begin:end].clone()
+    for t in range(q.shape[1]):
+        room.spend(q[:, t], tiles[:, t])
+    for begin in range(0, q.shape[1], BLOCK):
+        end = min(begin + BLOCK, q.shape[1])
+        before = q[:, begin:end].clone()
         for t in range(begin, end):
-            old = q[..., t].clone()
+            old = q[:, t].clone()
             room.spend(old, tiles[:, t], -1)
-            _, q[..., t] = room(steps[..., 0] * old - slope[..., t] / gram[:, t, t].unsqueeze(-1), tiles[:, t])
-            change = (steps[..., 0] * (q[..., t] - old)).unsqueeze(-1)
-            slope[..., t:end] += change * gram[:, t, t:end].unsqueeze(1)
-        slope[..., end:] += steps * (q[..., begin:end] - before) @ gram[:, begin:end, end:]
-    q = q.flatten(0, 1)
+            _, q[:, t] = room(steps * old - slope[:, t] / gram[:, t, t].unsqueeze(-1), tiles[:, t])
+            change = (steps * (q[:, t] - old)).unsqueeze(1)
+            slope[:, t:end].addcmul_(gram[:, t, t:end].unsqueeze(2), change)
+        slope[:, end:] += gram[:, end:, begin:end] @ (steps.unsqueeze(1) * (q[:, begin:end] - before))
+    q = problem.by_row(q)
     return q, problem.best_scale(q, scale)
