@@ -84,3 +84,23 @@ def test_the_real_weights_are_the_best_within_the_budget(name):
         corner = torch.zeros_like(v)
         corner[:, tap] = sign * 0.2 * min(7, problem.budget.l1 or limits[sign < 0])
         assert float((slope * (corner - v)).sum(-1).min()) > -1e-3
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_dozen_steps_come_near_and_half_of_it_from_another_scale(name):
+    problem, w = problem_of(BUDGETS[name], [0, 1] * 6)
+    relaxation, cold, warm = Relaxation(problem), *relaxed._STEPS
+    power = (w * problem.cross).sum(-1)
+
+    def excess(rows, best):
+        """How much more of the output error is left than has to be, relative to the outputs."""
+        errors = [output_error(relaxation.merge(v), torch.ones(len(w), 1), problem) for v in (rows, best)]
+        return float((errors[0] - errors[1]).sum() / power.sum())
+
+    rows = relaxation.split(problem.unbounded())
+    duals = torch.zeros_like(rows)
+    for scale, steps in ((0.1, cold), (0.14, warm), (0.1, warm)):
+        scales = torch.full((len(w), 1), scale, dtype=torch.float64)
+        best, _ = relaxation.solve(rows, duals, scales, 300)
+        rows, duals = relaxation.solve(rows, duals, scales, steps)
+        assert excess(rows, best) < 2e-3

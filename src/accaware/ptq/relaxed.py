@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accaware.projections import project_integers
-from accaware.ptq.descent import Problem, output_error
+from accaware.ptq.descent import Problem
 from accaware.ptq.gptq import gptq
 from accaware.ptq.rounding import BLOCK, Exact
 
@@ -120,7 +120,7 @@ def start(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
         v, duals = relaxation.solve(v, duals, step, _STEPS[turn > 0])
         codes = gptq(relaxation.merge(v), step, problem, Exact)
         fit = problem.best_scale(codes, step)
-        error = output_error(codes, fit, problem).unsqueeze(-1)
+        error = -fit * (codes * problem.cross).sum(-1, keepdim=True)  # what it is at the best scale
         better = error < best
         q, scale, best = torch.where(better, codes, q), torch.where(better, fit, scale), torch.minimum(error, best)
         centre, stride = torch.where(better, step, centre), torch.where(better, stride, -stride / 2)
