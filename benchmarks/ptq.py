@@ -15,11 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from rich.console import Console
-from timing import alternate, peak, report
+from timing import alternate, forget_peak, peak, report
 from torch import Tensor
 
 from accaware.bounds import budget
@@ -55,8 +54,9 @@ def measure(
     found: dict[str, tuple[float, int]] = {}
 
     def run(name: str, solve: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        problem.__dict__.pop("feedback", None)  # the factor that `Problem` keeps
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+        for kept in ("order", "factor", "feedback"):  # what `Problem` has found already
+            problem.__dict__.pop(kept, None)
+        forget_peak()
         error = (1 + output_error(*solve(), problem) / power).mean()
         found[name] = float(error), peak() >> 20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import statistics
 import time
@@ -41,9 +42,32 @@ def report(title: str, seconds: Mapping[str, list[float]], baselines: list[str])
 
 
 def peak() -> int:
-    """Bytes that this process has had in memory at most; Linux. (`ru_maxrss` would be that of its parent.)"""
+    """Bytes that this process has had in memory at most since `forget_peak`; Linux. (`ru_maxrss` is the parent's.)"""
+    return _of_process("VmHWM")
+
+
+def forget_peak() -> None:
+    """The peak begins anew, without freed memory that the allocator has kept; Linux with glibc."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_of(run: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that `run` has at most beyond what is there before it, on a CPU (Linux) or a GPU."""
+    if device == "cpu":
+        forget_peak()
+        before = _of_process("VmRSS")
+        run()
+        return peak() - before
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _of_process(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _cpu() -> str:

@@ -1,10 +1,12 @@
-"""What one training step of ResNet20 costs, by quantizer, in turn in one process; Brevitas' A2Q+ beside ours.
+"""What one training step costs, by quantizer, in turn in one process; for ResNet20 Brevitas' A2Q+ beside ours.
 
     python benchmarks/training_step.py [--rounds 15] [--batch-size 128] [--device cpu]
+    python benchmarks/training_step.py --model resnet50 --image-size 224 --classes 1000 --batch-size 16 --rounds 3
 
 A step is forward, cross-entropy (and penalty), backward and SGD, on random images; 4-bit weights and activations, first
 and last layer at 8 bits. `baseline` is the same step without a budget. The model of Brevitas has the same layers, each
-quantizing its own input; it has no quantizer on the residual stream itself.
+quantizing its own input; it has no quantizer on the residual stream itself. Memory is what a step has at most beyond
+what was there before it: activations, gradients, temporaries.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import alternate, report
+from rich.console import Console
+from timing import alternate, memory_of, report
 from torch import Tensor, nn
 
 import accaware as aa
-from accaware.experiments.models.resnet_cifar import ResNet, resnet20
+from accaware.experiments.models import BUILT_IN, build
 
 SPECS = {
     "baseline": aa.Spec(4, 4, 32, method="baseline"),
@@ -31,7 +34,9 @@ SPECS = {
 }
 
 
-def step(model: nn.Module, images: Tensor, labels: Tensor, penalty: Callable[[nn.Module], Tensor] | None) -> object:
+def step(
+    model: nn.Module, images: Tensor, labels: Tensor, penalty: Callable[[nn.Module], Tensor] | None
+) -> Callable[[], float]:
     """A function that makes one step."""
     optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
     model.train()
@@ -50,7 +55,7 @@ def step(model: nn.Module, images: Tensor, labels: Tensor, penalty: Callable[[nn
 
 def ours(network: nn.Module, spec: aa.Spec, images: Tensor) -> nn.Module:
     """Prepared and calibrated in place."""
-    aa.prepare_(network, spec, sample=images[:2], keep=ResNet.keep)
+    aa.prepare_(network, spec, sample=images[:2], keep=dict(network.keep))
     aa.calibrate(network, [images])
     return network
 
@@ -67,7 +72,7 @@ def brevitas(network: nn.Module, images: Tensor) -> nn.Module:
     )
 
     for name, layer in list(network.named_modules()):
-        kept = name in ResNet.keep
+        kept = name in network.keep
         common = {"bias": layer.bias is not None} if isinstance(layer, nn.Conv2d | nn.Linear) else {}
         if kept:
             common |= {"weight_quant": Int8WeightPerTensorFloat, "input_quant": Int8ActPerTensorFloat}
@@ -93,18 +98,21 @@ def brevitas(network: nn.Module, images: Tensor) -> nn.Module:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(BUILT_IN), default="resnet20")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
-    images = torch.randn(options.batch_size, 3, 32, 32, device=options.device)
+    images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=options.device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (options.batch_size,), device=options.device)
+    labels = torch.randint(options.classes, (options.batch_size,), device=options.device)
 
     def network() -> nn.Module:
         torch.manual_seed(0)
-        return resnet20().to(options.device, memory_format=torch.channels_last)
+        return build(options.model, options.classes).to(options.device, memory_format=torch.channels_last)
 
     steps = {"float": step(network(), images, labels, None)}
     for name, spec in SPECS.items():
@@ -112,11 +120,16 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            steps["Brevitas a2q+, P = 12"] = step(brevitas(network(), images), images, labels, None)
+            if options.model == "resnet20":
+                steps["Brevitas a2q+, P = 12"] = step(brevitas(network(), images), images, labels, None)
         except ModuleNotFoundError as error:
             print(f"without Brevitas: {error.name} is not installed")
         seconds = alternate(steps, options.rounds)
-    report(f"One training step of ResNet20, batch {options.batch_size}", seconds, ["float", "baseline"])
+        memory = {name: memory_of(run, options.device) for name, run in steps.items()}
+    size = f"{options.image_size} x {options.image_size}"
+    report(f"One training step of {options.model}, batch {options.batch_size}, {size}", seconds, ["float", "baseline"])
+    for name, used in memory.items():
+        Console().print(f"{name}: {used / 2**20:.0f} MB", highlight=False)
 
 
 if __name__ == "__main__":
