@@ -10,7 +10,7 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,26 +20,34 @@ from torch import Tensor, nn
 
 from accaware.layers import LAYERS
 
-__all__ = ["capture"]
+__all__ = ["PRODUCTS", "capture"]
 
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+#: What multiplies in a captured graph, beside the layers themselves.
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def capture(network: nn.Module, sample: Tensor | tuple[Any, ...], opset: int) -> ModelProto:
+def capture(network: nn.Module, sample: Any, opset: int) -> ModelProto:
     """The graph of `network` for inputs like `sample`, with any number of rows, in version `opset` of ONNX.
 
-    Inputs are called "input", "input_1" and so on, the first output "output"; the product of a float layer is called as
-    the layer is ("NAME#2" and so on where that runs again). Raises `ValueError`, one line, for what
-    PyTorch's exporter cannot write.
+    Inputs are called "input", "input_1" and so on, those of a mapping by its names, and of such (text) the second
+    dimension has any size too. The first output is "output"; the product of a float layer is called as the layer is
+    ("NAME#2" and so on where that runs again). Raises `ValueError`, one line, for what PyTorch's exporter cannot write.
     """
-    args = sample if isinstance(sample, tuple) else (sample,)
-    names = ["input", *(f"input_{i}" for i in range(1, len(args)))]
-    shapes = tuple({0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None for a in args)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    shapes: Any
+    if isinstance(sample, Mapping):
+        kwargs = dict(sample)
+        names, shapes = list(kwargs), {name: _free(value, 2) for name, value in kwargs.items()}
+    else:
+        args = sample if isinstance(sample, tuple) else (sample,)
+        names, shapes = ["input", *(f"input_{i}" for i in range(1, len(args)))], tuple(_free(a, 1) for a in args)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 args,
+                kwargs=kwargs,
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=shapes,
@@ -56,6 +64,13 @@ def capture(network: nn.Module, sample: Tensor | tuple[Any, ...], opset: int) ->
     _name_products(model, {name for name, module in network.named_modules() if type(module) in LAYERS})
     _clean(model)
     return model
+
+
+def _free(value: Any, dimensions: int) -> dict[int, Any] | None:
+    """That the first dimensions of a tensor may have any size."""
+    return (
+        dict.fromkeys(range(min(dimensions, value.dim())), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
+    )
 
 
 def _cause(error: BaseException) -> str:
@@ -82,7 +97,7 @@ def _quiet() -> Iterator[None]:
 def _name_products(model: ModelProto, layers: set[str]) -> None:
     seen = Counter[str]()
     for node in model.graph.node:
-        if node.op_type in _PRODUCTS:
+        if node.op_type in PRODUCTS:
             scopes = [p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"] or ["[]"]
             # a convolution that a batch-norm was folded into has the scope of the latter
             for name in layers & {*ast.literal_eval(scopes[0]), node.input[1].removesuffix(".weight")}:

@@ -9,31 +9,29 @@ from typing import Any
 
 import numpy as np
 import onnx
-from torch import Tensor, nn
+from torch import nn
 
 from accaware.certify.carried import KEY, metadata
 from accaware.certify.certificate import Certificate
 from accaware.certify.files import certify_file, file_layers
 from accaware.certify.model import certify
-from accaware.exporter.capture import capture
+from accaware.exporter.capture import PRODUCTS, capture
 from accaware.exporter.dialects import DIALECTS, write_dialect
 from accaware.files import write_whole
 from accaware.integer.layer import IntegerLayer
 from accaware.integer.network import IntegerOp, integer_network
-from accaware.layers import LAYERS
 
 __all__ = ["export"]
 
 
-def export(
-    model: nn.Module, path: str | Path, dialect: str = "qdq", sample: Tensor | tuple[Any, ...] | None = None
-) -> Certificate:
+def export(model: nn.Module, path: str | Path, dialect: str = "qdq", sample: Any = None) -> Certificate:
     """Write a prepared and calibrated model as an ONNX file; returns the certificate of that file.
 
-    dialect: "qdq", "qcdq", "qonnx" or "qoperator". sample: an input of the model (or the tuple of its arguments), for
-    the shapes; the first dimension may have any size. The file's metadata say of every operation which accumulator it
-    was made for and what it starts from (`accaware.certify.carried`), and that layers kept in floats are outside the
-    request; `certify_file` judges it by these. Other products of floats (attention) are unproven there.
+    dialect: "qdq", "qcdq", "qonnx" or "qoperator". sample: an input of the model (the tuple of its arguments, or the
+    mapping of its keyword arguments), for the shapes; the first dimension (of a mapping's tensors the first two) may
+    have any size. The file's metadata say of every operation which accumulator it was made for and what it starts from
+    (`accaware.certify.carried`), and that products of floats (layers kept in floats, attention) are outside the
+    request; `certify_file` judges it by these.
 
     Raises `OSError`, or `ValueError`, one line that names the layer where one is the reason, for what the dialect or
     PyTorch's exporter cannot write. Then nothing is written.
@@ -49,8 +47,7 @@ def export(
     graph = capture(network, sample, words.opset)
     written = write_dialect(graph, words)
     carried = {name: layers[layer] for name, layer in written.items()}
-    floats = {name for name, module in network.named_modules() if type(module) in LAYERS}
-    outside = [node.name for node in graph.graph.node if node.name.partition("#")[0] in floats]
+    outside = [node.name for node in graph.graph.node if node.op_type in PRODUCTS and node.name not in written]
     onnx.helper.set_model_props(graph, {KEY: metadata(carried, certificate, outside)})
     contents = graph.SerializeToString()
     again = _read_back(contents, carried)

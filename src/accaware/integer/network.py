@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from accaware.formats import IntFormat
 from accaware.integer.convert import integer_layer
 from accaware.integer.layer import IntegerLayer
 from accaware.layers import QuantIdentity, QuantLayer
 from accaware.prepare import quant_layers
 from accaware.quantizers import ActivationQuantizer
+from accaware.quantizers.activation import token_step
+from accaware.rotation import turned
 from accaware.trace import batchnorm_after
 
 __all__ = ["IntegerIdentity", "IntegerOp", "integer_network"]
@@ -30,11 +33,12 @@ _CONVOLUTIONS: dict[str, Any] = {
 }
 
 
-def integer_network(model: nn.Module, sample: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
+def integer_network(model: nn.Module, sample: Any = None) -> nn.Module:
     """The integer network of a prepared and calibrated model: a copy in evaluation mode, of `IntegerOp`s.
 
-    sample: an input of the model (or the tuple of its arguments). One run over it finds the batch-norms that alone read
-    a layer's output; they become part of its rescale (never of its weights). Without it they stay as they are.
+    sample: an input of the model (the tuple of its arguments, or the mapping of its keyword arguments). One run over it
+    finds the batch-norms that alone read a layer's output; they become part of its rescale (never of its weights).
+    Without it they stay as they are.
 
     Raises `ValueError` for a model that is not prepared or not calibrated or is itself one layer, and for a layer whose
     sums need more than 32 bits.
@@ -42,9 +46,6 @@ def integer_network(model: nn.Module, sample: Tensor | tuple[Any, ...] | None = 
     layers = quant_layers(model)
     if not layers:
         raise ValueError("this model has no quantized layer; call prepare_ first")
-    for name, layer in layers.items():
-        if layer.input_quant.per_token or layer.rotation is not None:
-            raise ValueError(f"{name}: act_scale 'token' and rotate have no integer network; certify proves them")
     if isinstance(model, QuantLayer):
         raise ValueError("an integer network is of modules: put the layer into nn.Sequential before prepare_")
     norms = {} if sample is None else batchnorm_after(model, layers, sample)
@@ -69,7 +70,10 @@ def _norm(model: nn.Module, name: str | None) -> _BatchNorm | None:
 
 
 class _Codes(nn.Module):
-    """The grid that a tensor of reals is rounded to: integers [lo, hi] in units of `act_scale`, float32 []."""
+    """The grid that a tensor of reals is rounded to: integers [lo, hi] in units of `act_scale`, float32 [].
+
+    Where each token has a scale of its own the unit is 1.
+    """
 
     act_scale: Tensor
 
@@ -78,8 +82,7 @@ class _Codes(nn.Module):
         assert quantizer.codes is not None
         self.lo, self.hi = quantizer.codes.lo, quantizer.codes.hi
         step = quantizer.fixed_step()
-        assert step is not None
-        self.register_buffer("act_scale", step.float().clone())
+        self.register_buffer("act_scale", torch.ones_like(quantizer.scale) if step is None else step.float().clone())
 
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of x, as float32."""
@@ -110,6 +113,9 @@ class IntegerIdentity(_Codes):
 class IntegerOp(_Codes):
     """A layer in integers: x -> rescale * sums(codes(x)) + shift, float32 in and out.
 
+    With a scale for each token x / step(x) takes the place of x, and the sums are multiplied by that step too. Inputs
+    of a rotated layer are first rotated, in floats.
+
     q: int8, in the shape of the float layer's weight. sums: int32. rescale and shift: float32 [C], one for each output
     channel: both scales, bias and batch-norm, multiplied in float64. layer: the record that proofs read; a start value
     of the register is found there alone, since it is subtracted from the sums again.
@@ -122,9 +128,14 @@ class IntegerOp(_Codes):
     q: Tensor
     rescale: Tensor
     shift: Tensor
+    rotation: Tensor | None
+    token_scale: Tensor | None
 
     def __init__(self, layer: QuantLayer, norm: _BatchNorm | None = None) -> None:
-        super().__init__(layer.input_quant)
+        quantizer = layer.input_quant
+        super().__init__(quantizer)
+        self.register_buffer("rotation", layer.rotation)
+        self.register_buffer("token_scale", quantizer.scale.detach().clone() if quantizer.per_token else None)
         self.layer = integer_layer(layer)
         self.kind, self.bits = self.layer.kind, layer.spec.weight_bits
         q, scale, _ = layer.deployed()
@@ -165,12 +176,20 @@ class IntegerOp(_Codes):
             raise ValueError(f"{self.layer.name}: an integer network has no output_size; give the layer output_padding")
         if self.edges:
             x = F.pad(x, self.edges, mode=self.edge_mode)
+        if self.rotation is not None:
+            x = turned(x, self.rotation)
+        if self.token_scale is None:
+            return self._affine(x, self.shift)
+        step = token_step(x, self.token_scale, IntFormat(self.lo, self.hi))
+        return self._affine(x / step, torch.zeros_like(self.shift)) * step + self._along(self.shift)
+
+    def _affine(self, x: Tensor, shift: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             total = self.sums(self.codes(x)).float()
-            y = total * self._along(self.rescale) + self._along(self.shift)
+            y = total * self._along(self.rescale) + self._along(shift)
         if not torch.onnx.is_in_onnx_export():
             return y
-        inputs = (x, self.act_scale, self.q, self.rescale, self.shift)
+        inputs = (x, self.act_scale, self.q, self.rescale, shift)
         attributes = {"name": self.layer.name, "kind": self.kind, "bits": self.bits, **self.attributes}
         return self.symbol("Layer", inputs, attributes, y)
 

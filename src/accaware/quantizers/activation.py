@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from accaware.formats import IntFormat
 from accaware.quantizers.grid import fake_quantize
 
-__all__ = ["ActivationQuantizer"]
+__all__ = ["ActivationQuantizer", "token_step"]
 
 _SAMPLE = 1 << 16  # values kept of each calibration batch
 _GRID = 100  # candidate scales
@@ -51,13 +51,14 @@ class ActivationQuantizer(nn.Module):
         scale = self.scale.clamp(min=_TINY)
         if not self.per_token:
             return scale
-        return (scale * self._full(x)).clamp(min=_TINY)
+        assert self.codes is not None
+        return token_step(x, scale, self.codes)
 
     def _full(self, x: Tensor) -> Tensor:
         """The scale at which the largest value (of each token, if they have their own) has the largest code."""
         assert self.codes is not None
         if self.per_token:
-            return x.detach().float().abs().amax(-1, keepdim=True) / max(self.codes.hi, 1)
+            return token_step(x, torch.ones(()).to(x.device), self.codes)
         return x.abs().max() / max(self.codes.hi, -self.codes.lo, 1)
 
     def fixed_step(self) -> Tensor | None:
@@ -124,3 +125,9 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, codes={self.codes}" + ", per_token=True" * self.per_token
+
+
+def token_step(x: Tensor, scale: Tensor, codes: IntFormat) -> Tensor:
+    """The steps [..., 1] of tokens x [..., K]: `scale` times those that give each token's largest value the largest code."""
+    full = x.detach().float().abs().amax(-1, keepdim=True) / max(codes.hi, 1)
+    return (scale * full).clamp(min=_TINY)

@@ -22,6 +22,7 @@ def pretrained(name: str, causal: bool) -> nn.Module:
     transformers = _transformers()
     kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     model: Any = _get(name, kind, dtype=torch.float32)
+    model.config.use_cache = False  # nothing here generates text, and no exporter knows the cache
     for path, module in list(model.named_modules()):
         if type(module) is transformers.pytorch_utils.Conv1D:
             model.set_submodule(path, _linear(module))
