@@ -128,6 +128,6 @@ class ActivationQuantizer(nn.Module):
 
 
 def token_step(x: Tensor, scale: Tensor, codes: IntFormat) -> Tensor:
-    """The steps [..., 1] of tokens x [..., K]: `scale` times those that give each token's largest value the largest code."""
+    """Steps [..., 1] of tokens x [..., K]: `scale` times those at which the largest values have the largest code."""
     full = x.detach().float().abs().amax(-1, keepdim=True) / max(codes.hi, 1)
     return (scale * full).clamp(min=_TINY)
