@@ -41,6 +41,18 @@ def test_a_point_is_the_mean_over_seeds_of_the_best_pair() -> None:
     assert curve.points[1].spread is None
 
 
+def test_what_is_tuned_along_with_a_setting_tells_no_more_curves() -> None:
+    none = [made_up(76, 8, lr=0.02), made_up(80, 9, lr=0.01)]
+    free = [made_up(77, 8, lr=0.04, preload="free"), made_up(81, 9, lr=0.02, preload="free")]
+    curves = only(*none, *free).curves
+    assert [(c.label, values(c)) for c in curves] == [
+        ("projected, preload none", [(8, 76), (9, 80)]),
+        ("projected, preload free", [(8, 77), (9, 81)]),
+    ]
+    (narrow, *_) = only(*none, *free, made_up(82, 9, lr=0.04, preload="free")).curves
+    assert narrow.label == "projected, preload none, lr 0.02", "two rates at one point: the rates are curves"
+
+
 def test_less_perplexity_is_better() -> None:
     runs = [made_up(value, 10, metric="perplexity", weight_bits=bits) for value, bits in ((30, 3), (20, 4))]
     group = only(*runs, made_up(25, 10, metric="perplexity", method="a2q+"))
@@ -56,10 +68,11 @@ def test_settings_that_differ_within_a_point_make_curves() -> None:
     assert [curve.label for curve in group.curves] == [
         "projected, preload none",
         "projected, preload free",
-        "a2q+, acc_bits none, init ep",
-        "a2q+, acc_bits conv1=20, init search",
+        "a2q+, acc_bits none",
+        "a2q+, acc_bits conv1=20",
     ]
     assert values(group.curves[0]) == [(10, 80), (11, 70)]  # lr differs between points only
+    assert group.differing()["init"]["a2q+"] == ["ep", "search"], "listed, though acc_bits suffices to tell them apart"
     assert group.differing()["lr"] == {"projected": ["0.01", "0.2"], "a2q+": ["0.01"], "a2q": [], "baseline": []}
 
 

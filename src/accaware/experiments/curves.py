@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from accaware.experiments.results import LOWER_IS_BETTER, Run
-from accaware.experiments.settings import FREE_ON_RESUME
+from accaware.experiments.settings import FREE_ON_RESUME, TRAIN_ONLY
 
 #: Runs that differ in these are never drawn in one picture.
 SAME = ("model", "data", "metric", "split", "command", "epochs", "limit_train")
 #: The axes of a curve, and what says where a run lies. (`acc_bits` holds the patterns of single layers only.)
 _AXES = {"method", "weight_bits", "act_bits", "seed", *SAME} | (FREE_ON_RESUME - {"checkpoint"})
+#: What may be chosen anew at each point of a curve.
+_TUNED = TRAIN_ONLY | {"init"}
 METHODS = ("projected", "a2q+", "a2q", "baseline")
 BY_TYPE, EXACT = "baseline, width by data type", "baseline, width by its weights"
 
@@ -140,17 +142,21 @@ def _cell(run: Run) -> tuple[Any, ...]:
 
 
 def _curves(method: str, runs: list[Run]) -> list[Curve]:
-    """One for each combination of the settings that differ between runs of one point."""
+    """One for each combination of the settings that differ between runs of one point; of those of training as few as
+    tell them apart.
+    """
     cells: dict[Any, list[Run]] = {}
     for run in runs:
         cells.setdefault(_cell(run), []).append(run)
     names = dict.fromkeys(n for run in runs for n in run.settings if n not in _AXES)
-    telling = [
-        name for name in names if any(len({_word(r.settings.get(name)) for r in cell}) > 1 for cell in cells.values())
-    ]
+    telling = [name for name in names if any(len({_said(r, [name]) for r in cell}) > 1 for cell in cells.values())]
+    for name in [name for name in reversed(telling) if name in _TUNED]:
+        others = [other for other in telling if other != name]
+        if all(len({_said(r, others) for r in cell}) == len(cell) for cell in cells.values()):
+            telling = others
     series: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        series.setdefault(tuple(_word(run.settings.get(name)) for name in telling), []).append(run)
+        series.setdefault(_said(run, telling), []).append(run)
     found = []
     for values, members in series.items():
         suffix = "".join(f", {name} {value}" for name, value in zip(telling, values, strict=True))
@@ -175,6 +181,10 @@ def _points(runs: list[Run], width: Any) -> tuple[Point, ...]:
     points = [[Point(bits, seeds, len(pairs)) for seeds in pairs] for bits, pairs in sorted(at.items())]
     best = min if runs[0].metric in LOWER_IS_BETTER else max
     return tuple(best(choices, key=lambda point: point.mean) for choices in points)
+
+
+def _said(run: Run, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(_word(run.settings.get(name)) for name in names)
 
 
 def _word(value: Any) -> str:
