@@ -179,11 +179,11 @@ class IntegerOp(_Codes):
         if self.rotation is not None:
             x = turned(x, self.rotation)
         if self.token_scale is None:
-            return self._affine(x, self.shift)
+            return self._rescaled(x, self.shift)
         step = token_step(x, self.token_scale, IntFormat(self.lo, self.hi))
-        return self._affine(x / step, torch.zeros_like(self.shift)) * step + self._along(self.shift)
+        return self._rescaled(x / step, torch.zeros_like(self.shift)) * step + self._along(self.shift)
 
-    def _affine(self, x: Tensor, shift: Tensor) -> Tensor:
+    def _rescaled(self, x: Tensor, shift: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             total = self.sums(self.codes(x)).float()
             y = total * self._along(self.rescale) + self._along(shift)

@@ -58,7 +58,7 @@ class ActivationQuantizer(nn.Module):
         """The scale at which the largest value (of each token, if they have their own) has the largest code."""
         assert self.codes is not None
         if self.per_token:
-            return token_step(x, torch.ones(()).to(x.device), self.codes)
+            return token_step(x, 1.0, self.codes)
         return x.abs().max() / max(self.codes.hi, -self.codes.lo, 1)
 
     def fixed_step(self) -> Tensor | None:
@@ -127,7 +127,7 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}, codes={self.codes}" + ", per_token=True" * self.per_token
 
 
-def token_step(x: Tensor, scale: Tensor, codes: IntFormat) -> Tensor:
+def token_step(x: Tensor, scale: Tensor | float, codes: IntFormat) -> Tensor:
     """Steps [..., 1] of tokens x [..., K]: `scale` times those at which the largest values have the largest code."""
     full = x.detach().float().abs().amax(-1, keepdim=True) / max(codes.hi, 1)
     return (scale * full).clamp(min=_TINY)
