@@ -69,6 +69,15 @@ def test_the_gradient_of_one_scale_is_the_same_in_every_layout(layout):
         assert torch.equal(ours[1], theirs[1])
 
 
+def test_training_keeps_no_tensor_but_the_input_and_the_output():
+    """The layers before and after keep both anyway, so fake quantization costs their memory and no more."""
+    x, scale = torch.randn(1000).requires_grad_(), torch.tensor(0.5, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = fake_quantize(x, scale, IntFormat.unsigned(4))
+    assert set(kept) == {x.data_ptr(), out.data_ptr(), scale.data_ptr()}
+
+
 def test_where_a_budget_holds_the_integers_the_scale_sees_them_fixed():
     form = IntFormat.narrow(4)
     x = (torch.arange(-40, 41).double() / 8).reshape(3, 27).requires_grad_()
