@@ -28,9 +28,8 @@ runpy.run_path(path, run_name="__main__")
 """
 
 
-def alone(*words):
+def alone(*words, script=EXAMPLES / "run_onnxruntime.py"):
     """What a Python without PyTorch, onnx and this library prints."""
-    script = EXAMPLES / "run_onnxruntime.py"
     command = [sys.executable, "-c", ALONE, str(script), script.name, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -47,6 +46,25 @@ def test_a_file_runs_without_pytorch(tmp_path) -> None:
     row = np.random.default_rng(0).standard_normal((1, 3, 8, 8), np.float32)
     printed = np.array(alone(path).replace("[", "").replace("]", "").split(), float)
     assert np.allclose(printed, run(onnx.load(path), {"input": row}, ["output"])["output"], atol=1e-5)
+
+
+def test_an_encoder_runs_without_pytorch(tmp_path) -> None:
+    pytest.importorskip("onnxscript")
+    helpers = pytest.importorskip("transformer_helpers")
+    model, batch = helpers.tiny("bert"), helpers.padded([5, 9, 3])
+    aa.prepare_(model, aa.Spec(8, 8, 20), batch, keep={"pooler.dense": "float"})
+    aa.calibrate(model, [batch], init="none")
+    aa.export(model, tmp_path / "net.onnx", sample=batch)
+    (tmp_path / "pairs.tsv").write_text("2.5\ta cat\tthe dog\n1.0\ta tree sees\ta house near\n\tbig\tsmall cat\n")
+    tokenizer = helpers.folder("bert", tmp_path / "model") / "tokenizer.json"
+    words = (tmp_path / "net.onnx", tokenizer, tmp_path / "pairs.tsv")
+    *lines, last = alone(*words, script=EXAMPLES / "encode_onnxruntime.py").splitlines()
+    with torch.no_grad():
+        a, b = (integer_network(model, batch)(input_ids=torch.tensor([ids]))[0][0].mean(0) for ids in ([4, 6], [5, 7]))
+    cosine, *sentences = lines[0].split("\t")
+    assert float(cosine) == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-3)
+    assert (sentences, len(lines)) == (["a cat", "the dog"], 3)
+    assert last in ("Spearman 100.00 % of 2 pairs", "Spearman -100.00 % of 2 pairs")
 
 
 def in_c(header, codes, folder):
