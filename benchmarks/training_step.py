@@ -22,7 +22,7 @@ from timing import alternate, memory_of, report
 from torch import Tensor, nn
 
 import accaware as aa
-from accaware.experiments.models import BUILT_IN, build
+from accaware.experiments.models import BUILT_IN, ENLARGE, build
 
 SPECS = {
     "baseline": aa.Spec(4, 4, 32, method="baseline"),
@@ -98,7 +98,7 @@ def brevitas(network: nn.Module, images: Tensor) -> nn.Module:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(BUILT_IN), default="resnet20")
+    parser.add_argument("--model", choices=sorted({*BUILT_IN} - ENLARGE), default="resnet20")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=15)
@@ -125,11 +125,10 @@ def main() -> None:
         except ModuleNotFoundError as error:
             print(f"without Brevitas: {error.name} is not installed")
         seconds = alternate(steps, options.rounds)
-        memory = {name: memory_of(run, options.device) for name, run in steps.items()}
     size = f"{options.image_size} x {options.image_size}"
     report(f"One training step of {options.model}, batch {options.batch_size}, {size}", seconds, ["float", "baseline"])
-    for name, used in memory.items():
-        Console().print(f"{name}: {used / 2**20:.0f} MB", highlight=False)
+    for name, run in steps.items():
+        Console().print(f"{name}: {memory_of(run, options.device) / 2**20:.0f} MB", highlight=False)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(path: str, tokenizer_json: str, pairs: str) -> None:
         return mean / np.linalg.norm(mean)
 
     scores, cosines = [], []
-    for line in Path(pairs).read_text(encoding="utf-8").splitlines():
+    for line in Path(pairs).read_text(encoding="utf-8").strip("\n").split("\n"):
         score, first, second = line.split("\t")
         cosine = float(embedding(first) @ embedding(second))
         print(f"{cosine:.4f}\t{first}\t{second}")

@@ -155,7 +155,7 @@ def load_run(folder: Path) -> nn.Module:
 
 
 def sample_input(folder: Path) -> Any:
-    """An input of the run's model: two rows of zeros, or one text of the greatest length."""
+    """An input of the run's model: two rows of zeros, or two texts of the greatest length."""
     settings = runs.RunFolder(folder).settings()
     if settings.data in TEXT:
         return _sample_text(settings, torch.device("cpu"))
@@ -164,7 +164,7 @@ def sample_input(folder: Path) -> Any:
 
 def _sample_text(settings: Settings, device: torch.device) -> dict[str, torch.Tensor]:
     """Of the greatest length, which decides how wide the sums of attention over positions are."""
-    ids = torch.ones(1, settings.max_length, dtype=torch.int64, device=device)
+    ids = torch.ones(2, settings.max_length, dtype=torch.int64, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

@@ -30,15 +30,17 @@ def capture(network: nn.Module, sample: Any, opset: int) -> ModelProto:
     """The graph of `network` for inputs like `sample`, with any number of rows, in version `opset` of ONNX.
 
     Inputs are called "input", "input_1" and so on, those of a mapping by its names, and of such (text) the second
-    dimension has any size too. The first output is "output"; the product of a float layer is called as the layer is
-    ("NAME#2" and so on where that runs again). Raises `ValueError`, one line, for what PyTorch's exporter cannot write.
+    dimension has any size too, where the network allows it. The first output is "output"; the product of a float layer
+    is called as the layer is ("NAME#2" and so on where that runs again). Raises `ValueError`, one line, for what
+    PyTorch's exporter cannot write.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     shapes: Any
     if isinstance(sample, Mapping):
         kwargs = dict(sample)
-        names, shapes = list(kwargs), {name: _free(value, 2) for name, value in kwargs.items()}
+        names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        shapes = {name: _free(value, 2) for name, value in kwargs.items()}
     else:
         args = sample if isinstance(sample, tuple) else (sample,)
         names, shapes = ["input", *(f"input_{i}" for i in range(1, len(args)))], tuple(_free(a, 1) for a in args)

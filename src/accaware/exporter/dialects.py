@@ -3,7 +3,7 @@
 A layer is the codes of its input, a product with integer weights, and a rescale by the floats of the integer network.
 Products are in units of codes: they are dequantized by 1, not by their scales, which the rescale holds. So a runtime
 that multiplies floats adds integers, without any rounding, and every dialect gives the integer network's codes to the
-bit. The bias is in none of them in the register.
+bit, as far as runtimes compute the floats between layers alike. The bias is in none of them in the register.
 """
 
 from __future__ import annotations

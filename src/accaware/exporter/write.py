@@ -30,8 +30,8 @@ def export(model: nn.Module, path: str | Path, dialect: str = "qdq", sample: Any
     dialect: "qdq", "qcdq", "qonnx" or "qoperator". sample: an input of the model (the tuple of its arguments, or the
     mapping of its keyword arguments), for the shapes; the first dimension (of a mapping's tensors the first two) may
     have any size. The file's metadata say of every operation which accumulator it was made for and what it starts from
-    (`accaware.certify.carried`), and that products of floats (layers kept in floats, attention) are outside the
-    request; `certify_file` judges it by these.
+    (`accaware.certify.carried`), and that products of floats (layers kept in floats, attention, whatever is no layer)
+    are outside the request, as in `certify`; `certify_file` judges it by these.
 
     Raises `OSError`, or `ValueError`, one line that names the layer where one is the reason, for what the dialect or
     PyTorch's exporter cannot write. Then nothing is written.
@@ -47,7 +47,7 @@ def export(model: nn.Module, path: str | Path, dialect: str = "qdq", sample: Any
     graph = capture(network, sample, words.opset)
     written = write_dialect(graph, words)
     carried = {name: layers[layer] for name, layer in written.items()}
-    outside = [node.name for node in graph.graph.node if node.op_type in PRODUCTS and node.name not in written]
+    outside = [n.name for n in graph.graph.node if n.op_type in PRODUCTS and n.name and n.name not in written]
     onnx.helper.set_model_props(graph, {KEY: metadata(carried, certificate, outside)})
     contents = graph.SerializeToString()
     again = _read_back(contents, carried)

@@ -135,7 +135,7 @@ class IntegerOp(_Codes):
         quantizer = layer.input_quant
         super().__init__(quantizer)
         self.register_buffer("rotation", layer.rotation)
-        self.register_buffer("token_scale", quantizer.scale.detach().clone() if quantizer.per_token else None)
+        self.register_buffer("token_scale", quantizer.positive_scale.detach() if quantizer.per_token else None)
         self.layer = integer_layer(layer)
         self.kind, self.bits = self.layer.kind, layer.spec.weight_bits
         q, scale, _ = layer.deployed()

@@ -22,7 +22,7 @@ __all__ = ["Relaxation", "first_scale", "start", "sweep"]
 
 _SCALES, _STRIDE = 5, 0.5  # how many are tried; log2 between the first, upwards, and the second
 _STEPS = (12, 6)  # of the alternation, from a cold start, and from the solution at another scale
-_NEWTON = (8, 2)  # steps from zero, and from the threshold of the last gradient
+_NEWTON = (8, 2)  # steps from zero, and from the threshold of the last step
 _PULL, _BEYOND = 1.5, 1.8  # towards the budget, relative to the taps' powers; and how far beyond it steps go (1: not)
 
 

@@ -48,11 +48,15 @@ class ActivationQuantizer(nn.Module):
 
     def step(self, x: Tensor) -> Tensor:
         """The scale of x, positive even where training went astray: a scalar, or [..., 1] for tokens x [..., K]."""
-        scale = self.scale.clamp(min=_TINY)
         if not self.per_token:
-            return scale
+            return self.positive_scale
         assert self.codes is not None
-        return token_step(x, scale, self.codes)
+        return token_step(x, self.positive_scale, self.codes)
+
+    @property
+    def positive_scale(self) -> Tensor:
+        """The learned scalar, positive even where training went astray."""
+        return self.scale.clamp(min=_TINY)
 
     def _full(self, x: Tensor) -> Tensor:
         """The scale at which the largest value (of each token, if they have their own) has the largest code."""
@@ -63,7 +67,7 @@ class ActivationQuantizer(nn.Module):
 
     def fixed_step(self) -> Tensor | None:
         """The scale of every x, a positive scalar; None where each token has its own."""
-        return None if self.per_token else self.scale.detach().clamp(min=_TINY)
+        return None if self.per_token else self.positive_scale.detach()
 
     def observe(self) -> None:
         """From now on collect a sample of what passes, and forget what an earlier collection left."""
