@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -53,25 +54,24 @@ def measure(
     scale = first_scale(weight, Relaxation(problem))
     found: dict[str, tuple[float, int]] = {}
 
-    def run(name: str, solve: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        for kept in ("order", "factor", "feedback"):  # what `Problem` has found already
-            problem.__dict__.pop(kept, None)
+    def run(name: str, solve: Callable[[Problem], tuple[Tensor, Tensor]]) -> None:
         forget_peak()
-        error = (1 + output_error(*solve(), problem) / power).mean()
+        fresh = replace(problem)  # without the factors that a `Problem` keeps
+        error = (1 + output_error(*solve(fresh), fresh) / power).mean()
         found[name] = float(error), peak() >> 20
 
-    def once(solve: Callable[..., Tensor], kind: type[Nearest]) -> tuple[Tensor, Tensor]:
+    def once(solve: Callable[..., Tensor], kind: type[Nearest], problem: Problem) -> tuple[Tensor, Tensor]:
         return solve(weight, scale, problem, kind), scale
 
-    candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    candidates: dict[str, Callable[[Problem], tuple[Tensor, Tensor]]] = {
         "gptq": partial(once, gptq, Nearest),
         "axe-gptq": partial(once, gptq, Axe),
         "axe-gpfq": partial(once, gpfq, Axe),
-        "budgeted": partial(budgeted, weight, problem),
+        "budgeted": partial(budgeted, weight),
     }
     if searched:
         ratios = torch.tensor(scale_ratios(problem.qmax))
-        candidates["gptq, searched"] = partial(at_best_scale, partial(gptq, kind=Nearest), weight, problem, ratios)
+        candidates["gptq, searched"] = partial(at_best_scale, partial(gptq, kind=Nearest), weight, ratios=ratios)
     return alternate({name: partial(run, name, solve) for name, solve in candidates.items()}, rounds), found
 
 

@@ -71,3 +71,24 @@ def test_from_a_folder_to_a_proven_file(tmp_path, capsys):
     assert command(["export", str(tmp_path / "run"), "-o", str(tmp_path / "net.onnx")]) == 0
     assert "written in qdq" in capsys.readouterr().out
     assert certify_file(tmp_path / "net.onnx").holds
+
+
+class Functional(torch.nn.Module):
+    """A product with weights of floats that no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.w = torch.nn.Linear(6, 8), torch.nn.Linear(8, 6), torch.nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x))) @ self.w
+
+
+def test_weights_of_floats_that_no_layer_holds_stay_unproven(tmp_path):
+    torch.manual_seed(0)
+    model, x = Functional(), torch.randn(4, 6)
+    aa.prepare_(model, aa.Spec(8, 8, 20), x)
+    aa.calibrate(model, [x], init="none")
+    certificate = aa.export(model, tmp_path / "net.onnx", sample=x)
+    assert not certificate.holds
+    assert [op.verdict for op in certificate.operations if op.name not in ("a", "b")] == ["unproven"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from accaware.exporter.dialects import DIALECTS, write_dialect
 from accaware.files import write_whole
 from accaware.integer.layer import IntegerLayer
 from accaware.integer.network import IntegerOp, integer_network
+from accaware.layers import LAYERS
 
 __all__ = ["export"]
 
@@ -30,8 +31,9 @@ def export(model: nn.Module, path: str | Path, dialect: str = "qdq", sample: Any
     dialect: "qdq", "qcdq", "qonnx" or "qoperator". sample: an input of the model (the tuple of its arguments, or the
     mapping of its keyword arguments), for the shapes; the first dimension (of a mapping's tensors the first two) may
     have any size. The file's metadata say of every operation which accumulator it was made for and what it starts from
-    (`accaware.certify.carried`), and that products of floats (layers kept in floats, attention, whatever is no layer)
-    are outside the request, as in `certify`; `certify_file` judges it by these.
+    (`accaware.certify.carried`), and that layers kept in floats, products of two activations (attention) and
+    rotations of inputs are outside the request; `certify_file` judges it by these. Products with other weights of
+    floats, which no layer holds, are unproven there.
 
     Raises `OSError`, or `ValueError`, one line that names the layer where one is the reason, for what the dialect or
     PyTorch's exporter cannot write. Then nothing is written.
@@ -47,12 +49,23 @@ def export(model: nn.Module, path: str | Path, dialect: str = "qdq", sample: Any
     graph = capture(network, sample, words.opset)
     written = write_dialect(graph, words)
     carried = {name: layers[layer] for name, layer in written.items()}
-    outside = [n.name for n in graph.graph.node if n.op_type in PRODUCTS and n.name and n.name not in written]
+    outside = [name for name in _floats(network, graph) if name not in written]
     onnx.helper.set_model_props(graph, {KEY: metadata(carried, certificate, outside)})
     contents = graph.SerializeToString()
     again = _read_back(contents, carried)
     write_whole(path, contents)
     return again
+
+
+def _floats(network: nn.Module, graph: onnx.ModelProto) -> Iterator[str]:
+    """The products that nobody asked to prove."""
+    modules = dict(network.named_modules())
+    rotations = {f"{name}.rotation" for name in modules}
+    weights = {tensor.name for tensor in graph.graph.initializer} - rotations
+    for node in graph.graph.node:
+        kept = type(modules.get(node.name.partition("#")[0])) in LAYERS
+        if node.op_type in PRODUCTS and node.name and (kept or weights.isdisjoint(node.input)):
+            yield node.name
 
 
 def _read_back(contents: bytes, layers: Mapping[str, IntegerLayer]) -> Certificate:
