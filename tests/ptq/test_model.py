@@ -13,7 +13,7 @@ from torch import nn
 
 import accaware as aa
 from accaware.cli import run
-from accaware.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer
+from accaware.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from accaware.prepare import quant_layers
 from accaware.ptq import model as ptq
 from accaware.ptq.moments import Moments
@@ -44,7 +44,7 @@ class Net(nn.Module):
 BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(i)).cumsum(2) for i in range(3)]
 
 
-def prepared(calibrated=True, **options):
+def prepared(calibrated=True, init="search", **options):
     torch.manual_seed(0)
     reference = Net().train()
     for batch in BATCHES:
@@ -52,7 +52,7 @@ def prepared(calibrated=True, **options):
     model = copy.deepcopy(reference.eval())
     aa.prepare_(model, aa.Spec(**{"weight_bits": 4, "act_bits": 4, "acc_bits": 9, **options}), BATCHES[0])
     if calibrated:
-        aa.calibrate(model, BATCHES)
+        aa.calibrate(model, BATCHES, init=init)
     return model, reference
 
 
@@ -111,6 +111,23 @@ def test_rivals_fit_and_are_deployed_as_they_are(algorithm, options, monkeypatch
         deployed, _, repaired = layer.deployed()
         assert not repaired.any()
         assert torch.equal(layer.rows.merge(deployed).reshape(q.shape).double(), q)
+
+
+@pytest.mark.parametrize(("algorithm", "method"), [("axe-gptq", "projected"), ("gpfq", "baseline")])
+def test_rivals_may_keep_the_scales_of_calibration(algorithm, method):
+    """As published: of the largest weight (init "none"). A hundred scales to choose from end nearer."""
+    distances = {}
+    for fixed in (True, False):
+        model, reference = prepared(method=method, acc_bits=9, init="none")
+        scales = {name: layer.weight_quant.step().clone() for name, layer in quant_layers(model).items()}
+        aa.reconstruct(model.eval(), reference, BATCHES, algorithm, fixed_scale=fixed)
+        distances[fixed] = distance(model, reference)
+        kept = {
+            name: torch.equal(layer.weight_quant.step(), scales[name]) for name, layer in quant_layers(model).items()
+        }
+        assert all(kept.values()) if fixed else not all(kept.values())
+        assert aa.certify(model).holds == (method == "projected")
+    assert distances[False] < distances[True]
 
 
 def test_budgets_cost_what_plain_rounding_does_not_pay():
@@ -182,6 +199,28 @@ def test_the_moments_are_those_of_the_layer(kind, shape, options):
     torch.testing.assert_close(moments.power, power, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_moments_of_inputs_that_are_all_but_constant(centred):
+    """Sums in float32 of their squares would know the constant alone."""
+    torch.manual_seed(0)
+    reference = torch.nn.Linear(6, 4)
+    layer = copy.deepcopy(reference)
+    layer.__class__ = QuantLinear
+    x = 5 + torch.rand(6) + 2**-9 * torch.randn(3, 300, 6)
+    with torch.no_grad():
+        moments = Moments(layer, reference, mixing=True)
+        for batch in x:
+            moments.add(batch, batch + 1, reference(batch))
+        moments.finish(centred)
+    rows = x.flatten(0, 1).double()
+    weight = reference.weight.detach().double()
+    rows, others = (rows - rows.mean(0), rows - rows.mean(0)) if centred else (rows, rows + 1)
+    torch.testing.assert_close(moments.gram[0], rows.T @ rows / 900, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(moments.mixed[0], rows.T @ others / 900, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(moments.cross[0], weight @ rows.T @ rows / 900, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(moments.x[0], x.double().mean((0, 1)), rtol=1e-6, atol=0)
+
+
 def test_a_batchnorm_over_tokens_is_left_alone():
     """It has as many channels as there are tokens, not outputs of the layer."""
     torch.manual_seed(0)
@@ -209,6 +248,8 @@ def test_what_cannot_be_reconstructed_is_refused():
         aa.reconstruct(*prepared(per_channel=False), BATCHES)
     with pytest.raises(ValueError, match=r"algorithm must be one of budgeted, .*, not 'axe'"):
         aa.reconstruct(*prepared(), BATCHES, "axe")
+    with pytest.raises(ValueError, match="algorithm 'budgeted' finds its scales: fixed_scale is for the others"):
+        aa.reconstruct(*prepared(), BATCHES, fixed_scale=True)
     with pytest.raises(ValueError, match="a: algorithm 'gptq' knows no accumulator: it needs method 'baseline'"):
         aa.reconstruct(*prepared(), BATCHES, "gptq")
     with pytest.raises(ValueError, match="a: algorithm 'axe-gpfq' needs method projected and no free preload"):
@@ -220,10 +261,13 @@ def test_the_command_line(ptq_options: list[str], capsys: pytest.CaptureFixture[
     for algorithm in ("projection", "budgeted", "axe-gptq"):
         assert run([*words, "--algorithm", algorithm, "--out", algorithm]) == 0
         assert json.loads(Path(algorithm, "result.json").read_text())["holds"]
+    assert run([*words, "--algorithm", "axe-gptq", "--init", "none", "--fixed-scale", "--out", "fixed"]) == 0
+    assert "fixed_scale: true" in Path("fixed", "config.yaml").read_text()
     assert run([*words, "--out", "default"]) == 0
     models = [Path(name, "model.safetensors").read_bytes() for name in ("default", "budgeted", "projection")]
     assert models[0][-1000:] == models[1][-1000:] != models[2][-1000:]
     assert "not 'a2q'; algorithm 'projection' takes all" in fails([*words, "--method", "a2q", "--out", "no"], capsys)
     assert "algorithm 'budgeted' corrects biases itself" in fails([*words, "--bias-correct", "--out", "no"], capsys)
+    assert "not algorithm 'budgeted'" in fails([*words, "--fixed-scale", "--out", "no"], capsys)
     assert "algorithm 'gpfq' knows no accumulator" in fails([*words, "--algorithm", "gpfq", "--out", "no"], capsys)
     assert not Path("no").exists()

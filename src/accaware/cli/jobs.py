@@ -104,6 +104,15 @@ Algorithm = Annotated[
         rich_help_panel=QUANT,
     ),
 ]
+FixedScale = Annotated[
+    bool,
+    _Option(
+        "--fixed-scale",
+        help="Others' methods keep the scale of --init (none: of the largest weight), as published, instead of the "
+        "best of a hundred by the outputs.",
+        rich_help_panel=QUANT,
+    ),
+]
 Epochs = Annotated[float, _Option(help="Passes over the training set; fractions are fine.", rich_help_panel=TRAIN)]
 Lr = Annotated[float, _Option(help="Peak learning rate.", rich_help_panel=TRAIN)]
 Schedule = Annotated[
@@ -239,6 +248,7 @@ def ptq(
     bias_correct: BiasCorrect = _D.bias_correct,
     calib: Calib = _D.calib,
     algorithm: Algorithm = _D.algorithm,
+    fixed_scale: FixedScale = _D.fixed_scale,
     seed: Seed = _D.seed,
     device: Device = _D.device,
 ) -> None:

@@ -124,7 +124,7 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
     job = _prepare(settings)
     float_score = _float_score(job, console)
     if settings.algorithm != "projection":
-        _reconstruct(job, settings.algorithm)
+        _reconstruct(job, settings.algorithm, settings.fixed_scale)
     run.create(settings)
     return _finish(job, run, float_score, time.monotonic() - job.started, console)
 
@@ -138,9 +138,9 @@ def _require_trained(settings: Settings, what: str) -> None:
         raise ValueError(f"{what} needs the weights of a trained model: --checkpoint")
 
 
-def _reconstruct(job: Job, algorithm: str = "budgeted") -> None:
+def _reconstruct(job: Job, algorithm: str = "budgeted", fixed_scale: bool = False) -> None:
     assert job.reference is not None
-    aa.reconstruct(job.model, job.reference, job.calibration, algorithm)
+    aa.reconstruct(job.model, job.reference, job.calibration, algorithm, fixed_scale=fixed_scale)
 
 
 def load_run(folder: Path) -> nn.Module:

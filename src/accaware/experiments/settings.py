@@ -23,7 +23,7 @@ TRAIN_ONLY = {
     *("quantize", "epochs", "lr", "schedule", "optimizer", "momentum", "batch_size", "weight_decay", "warmup"),
     *("scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
-PTQ_ONLY = {"algorithm", "max_length"}
+PTQ_ONLY = {"algorithm", "fixed_scale", "max_length"}
 ALGORITHMS = ("budgeted", "projection", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 TEXT = ("sts", "text")
 
@@ -69,6 +69,7 @@ class Settings:
     bias_correct: bool = False
     calib: int = 1000
     algorithm: str = "budgeted"
+    fixed_scale: bool = False
     epochs: float = 1.0
     lr: float = 0.01
     schedule: str = "cosine"
@@ -117,6 +118,8 @@ class Settings:
             raise ValueError("ptq quantizes; quantize cannot be false")
         if self.command == "ptq" and self.init == "ptq":
             raise ValueError("init 'ptq' is where training starts; ptq itself takes algorithm 'budgeted'")
+        if self.fixed_scale and self.algorithm in ("budgeted", "projection"):
+            raise ValueError(f"fixed_scale is for axe-gptq, axe-gpfq, gptq and gpfq, not algorithm {self.algorithm!r}")
         if self.command == "ptq" and self.algorithm != "projection":
             self._refuse_unfit(f"algorithm {self.algorithm!r}", self.algorithm)
         if self.init == "ptq":

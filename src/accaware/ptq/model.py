@@ -40,7 +40,14 @@ _ALL_PAIRS = 1 << 27  # pairs of moves in a layer, up to which the descent compa
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any], algorithm: str = "budgeted") -> None:
+def reconstruct(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Iterable[Any],
+    algorithm: str = "budgeted",
+    *,
+    fixed_scale: bool = False,
+) -> None:
     """Choose the integers of a prepared model by the outputs that they give, in place and without labels or training.
 
     Layer by layer, in the order in which they run, the integers and scales minimise the squared distance between the
@@ -52,12 +59,15 @@ def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any], 
     float network that it was made from, with the same names of layers. batches: as for `calibrate`; iterated once for
     each layer (once for those that read one tensor), up to which both networks run: memory holds its moments.
     algorithm: how the integers are chosen: by our "budgeted", by its rivals "axe-gptq" and "axe-gpfq", or by plain
-    "gptq" and "gpfq", which know no accumulator and need method "baseline". Raises `ValueError` for another algorithm,
-    a model that is not calibrated, another method, one scale for all channels, layers that the reference lacks, and no
-    data.
+    "gptq" and "gpfq", which know no accumulator and need method "baseline". fixed_scale: these other algorithms keep
+    the scales that `calibrate` chose, as published, instead of the best of a hundred by the outputs. Raises
+    `ValueError` for another algorithm, a fixed scale with "budgeted", a model that is not calibrated, another method,
+    one scale for all channels, layers that the reference lacks, and no data.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
+    if fixed_scale and algorithm == "budgeted":
+        raise ValueError("algorithm 'budgeted' finds its scales: fixed_scale is for the others")
     layers = {name: layer for name, layer in quant_layers(model).items() if layer.inside}
     floats = dict(reference.named_modules())
     for name, layer in layers.items():
@@ -71,7 +81,8 @@ def reconstruct(model: nn.Module, reference: nn.Module, batches: Iterable[Any], 
             for name, moments in zip(names, group, strict=True):
                 layer = layers[name]
                 norm = following.get(layer) if calls[name] == 1 and layer.bias is None else None
-                _choose(layer, moments.finish(centred=norm is not None or layer.bias is not None), algorithm)
+                centred = norm is not None or layer.bias is not None
+                _choose(layer, moments.finish(centred), algorithm, fixed_scale)
                 _correct(layer, moments, norm)
 
 
@@ -168,7 +179,7 @@ def _collect(group: list[Moments], model: nn.Module, reference: nn.Module, batch
         raise ValueError("reconstruct iterates over the batches many times, which this iterator does not allow")
 
 
-def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
+def _choose(layer: QuantLayer, moments: Moments, algorithm: str, fixed_scale: bool) -> None:
     """Give the layer the integers and scales of the smallest output error that the algorithm finds."""
     weight, cross = layer.rotated(cast(Tensor, moments.reference.weight).double()), moments.cross
     power = moments.gram.diagonal(dim1=1, dim2=2)
@@ -184,13 +195,17 @@ def _choose(layer: QuantLayer, moments: Moments, algorithm: str) -> None:
     parts = torch.arange(rows.parts, device=weight.device).view(1, -1, 1)
     tiles = rows.merge(parts.expand_as(rows.split(weight)))[0].flatten()
     problem = Problem(moments.gram + damped, cross, tiles, quantizer.budget, quantizer.form.hi, mixed)
+    taps = weight.reshape(cross.shape)
     if algorithm == "budgeted":
-        q, scale = budgeted(weight.reshape(cross.shape), problem)
+        q, scale = budgeted(taps, problem)
     else:
-        solve = partial(
-            _TAP_BY_TAP[algorithm.removeprefix("axe-")], kind=Axe if algorithm.startswith("axe") else Nearest
-        )
-        q, scale = at_best_scale(solve, weight.reshape(cross.shape), problem, torch.tensor(scale_ratios(problem.qmax)))
+        kind = Axe if algorithm.startswith("axe") else Nearest
+        solve = partial(_TAP_BY_TAP[algorithm.removeprefix("axe-")], kind=kind)
+        if fixed_scale:
+            scale = quantizer.step().double().squeeze(-1)
+            q = solve(taps, scale, problem)
+        else:
+            q, scale = at_best_scale(solve, taps, problem, torch.tensor(scale_ratios(problem.qmax)))
     quantizer.set_step(scale.unsqueeze(-1))
     # The quantizer finds these integers, and training still has what rounding took away.
     rest = (weight.reshape(q.shape) / scale - q).clamp(-_REST, _REST)

@@ -18,18 +18,22 @@ class Moments:
 
     For G groups of R outputs that sum K taps, in float64: gram [G, K, K], cross (outputs by taps) [G, R, K], the taps'
     x [G, K], the outputs' y [G, R] and their power [G, R]. The layer's bias is no part of the outputs. If `mixing`,
-    also mixed [G, K, K], of the inputs with those of the float layer, whose means are `originals` [G, K]. Sums over
-    `count` positions while they are collected, means after `finish`.
+    also mixed [G, K, K], of the inputs with those of the float layer, whose means are `originals` [G, K]. While they
+    are collected, these are sums over `count` positions, and inputs count from `shift` [G, K], the means of the first
+    batch: of inputs that are all but constant, float32 would keep the constant alone. After `finish` they are means.
     """
 
     def __init__(self, layer: QuantLayer, reference: nn.Module, mixing: bool = False) -> None:
         self.layer, self.reference, self.mixing, self.count = layer, reference, mixing, 0
         self.gram = self.cross = self.x = self.y = self.power = torch.zeros((), dtype=torch.float64)
-        self.mixed = self.originals = self.x
+        self.mixed = self.originals = self.shift = self.x
 
     def add(self, x: Tensor, original: Tensor, y: Tensor) -> None:
         """x: quantized inputs of the layer; original, y: inputs and outputs of the float layer, for the same images."""
         taps = _taps(self.layer, x)
+        if not self.count:
+            self.shift = taps.mean(1)
+        taps = taps - self.shift.unsqueeze(1)
         bias = cast(Tensor | None, self.reference.bias)
         y = y if bias is None else y - self.layer._along_channels(bias)
         y = y if self.layer.weight.dim() == 2 else y.movedim(-self.layer.weight.dim() + 1, -1)
@@ -41,7 +45,7 @@ class Moments:
         self.power = self.power.to(taps.device) + y.square().sum(1).double()
         self.count += taps.shape[1]
         if self.mixing:
-            others = _taps(self.layer, original)
+            others = _taps(self.layer, original) - self.shift.unsqueeze(1)
             self.mixed = self.mixed.to(taps.device) + (taps.mT @ others).double()
             self.originals = self.originals.to(taps.device) + others.sum(1).double()
 
@@ -49,13 +53,23 @@ class Moments:
         """Sums to means; `centred`: second moments about the means."""
         for name in ("gram", "cross", "x", "y", "power", "mixed", "originals"):
             setattr(self, name, getattr(self, name) / self.count)
+        self.gram = self.gram - _outer(self.x, self.x)
+        self.cross = self.cross - _outer(self.y, self.x)
+        if self.mixing:
+            self.mixed = self.mixed - _outer(self.x, self.originals)
+        self.x, self.originals = self.x + self.shift, self.originals + self.shift
         if centred:
-            self.gram = self.gram - self.x.unsqueeze(2) * self.x.unsqueeze(1)
-            self.cross = self.cross - self.y.unsqueeze(2) * self.x.unsqueeze(1)
             self.power = self.power - self.y.square()
+        else:
+            self.gram = self.gram + _outer(self.x, self.x)
+            self.cross = self.cross + _outer(self.y, self.x)
             if self.mixing:
-                self.mixed = self.mixed - self.x.unsqueeze(2) * self.originals.unsqueeze(1)
+                self.mixed = self.mixed + _outer(self.x, self.originals)
         return self
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.unsqueeze(2) * b.unsqueeze(1)
 
 
 def _taps(layer: QuantLayer, x: Tensor) -> Tensor:
