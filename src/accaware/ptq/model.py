@@ -33,7 +33,7 @@ ALGORITHMS = ("budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
-_ROUNDING = 1e-5  # of sums in float32, relative
+_ROUNDING = 1e-12  # of squares of inputs in float32, relative to the squares of their means
 _SWEEPS = 3
 _REST = 0.49  # of a unit: the nearest integers stay those that were chosen
 _ALL_PAIRS = 1 << 27  # pairs of moves in a layer, up to which the descent compares them all
@@ -183,8 +183,7 @@ def _choose(layer: QuantLayer, moments: Moments, algorithm: str, fixed_scale: bo
     """Give the layer the integers and scales of the smallest output error that the algorithm finds."""
     weight, cross = layer.rotated(cast(Tensor, moments.reference.weight).double()), moments.cross
     power = moments.gram.diagonal(dim1=1, dim2=2)
-    # Taps that no input tells anything about stay near their float weights. Where inputs are all but constant, moments
-    # about their means are rounding errors of the squares.
+    # Taps that no input tells anything about stay near their float weights: also where inputs differ by rounding alone.
     least = _ROUNDING * moments.x.square().mean(-1) + 1e-14
     damping = torch.maximum(_DAMPING * power.mean(-1), least).view(-1, 1, 1)
     damped = damping * torch.eye(power.shape[1], dtype=power.dtype, device=power.device)
