@@ -219,6 +219,14 @@ def test_moments_of_inputs_that_are_all_but_constant(centred):
     torch.testing.assert_close(moments.mixed[0], rows.T @ others / 900, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(moments.cross[0], weight @ rows.T @ rows / 900, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(moments.x[0], x.double().mean((0, 1)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.power[0], (rows @ weight.T).square().mean(0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(moments.y[0], weight @ moments.x[0], rtol=1e-6, atol=1e-7)
+
+
+def test_sums_of_moments_are_where_the_layer_is():
+    layer = nn.Linear(2, 3, device="meta")
+    moments = Moments(layer, layer)
+    assert all(t.is_meta for t in (moments.gram, moments.power, moments.mixed, moments.shift))
 
 
 def test_a_batchnorm_over_tokens_is_left_alone():

@@ -16,38 +16,40 @@ __all__ = ["Moments"]
 class Moments:
     """Moments of a layer's inputs, and of the outputs of the float layer `reference` that it was made from.
 
-    For G groups of R outputs that sum K taps, in float64: gram [G, K, K], cross (outputs by taps) [G, R, K], the taps'
-    x [G, K], the outputs' y [G, R] and their power [G, R]. The layer's bias is no part of the outputs. If `mixing`,
-    also mixed [G, K, K], of the inputs with those of the float layer, whose means are `originals` [G, K]. While they
-    are collected, these are sums over `count` positions, and inputs count from `shift` [G, K], the means of the first
-    batch: of inputs that are all but constant, float32 would keep the constant alone. After `finish` they are means.
+    For G groups of R outputs that sum K taps: gram [G, K, K], cross (outputs by taps) [G, R, K], the taps' x [G, K],
+    the outputs' y [G, R] and their power [G, R]; batches are summed in float64, products within one in their own dtype.
+    The layer's bias is no part of the outputs. If `mixing`, also mixed [G, K, K], of the inputs with those of the float
+    layer, whose means are `originals` [G, K]. While they are collected, these are sums over `count` positions, and
+    inputs count from `shift` [G, K], outputs from `base` [G, R], the means of the first batch: of values that are all
+    but constant, float32 would keep the constant alone. After `finish` they are means.
     """
 
     def __init__(self, layer: QuantLayer, reference: nn.Module, mixing: bool = False) -> None:
         self.layer, self.reference, self.mixing, self.count = layer, reference, mixing, 0
-        self.gram = self.cross = self.x = self.y = self.power = torch.zeros((), dtype=torch.float64)
-        self.mixed = self.originals = self.shift = self.x
+        zero = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+        self.gram = self.cross = self.x = self.y = self.power = self.mixed = self.originals = zero
+        self.shift = self.base = zero
 
     def add(self, x: Tensor, original: Tensor, y: Tensor) -> None:
         """x: quantized inputs of the layer; original, y: inputs and outputs of the float layer, for the same images."""
         taps = _taps(self.layer, x)
-        if not self.count:
-            self.shift = taps.mean(1)
-        taps = taps - self.shift.unsqueeze(1)
         bias = cast(Tensor | None, self.reference.bias)
         y = y if bias is None else y - self.layer._along_channels(bias)
         y = y if self.layer.weight.dim() == 2 else y.movedim(-self.layer.weight.dim() + 1, -1)
         y = y.reshape(taps.shape[1], len(taps), -1).transpose(0, 1)
-        self.gram = self.gram.to(taps.device) + (taps.mT @ taps).double()
-        self.cross = self.cross.to(taps.device) + (y.mT @ taps).double()
-        self.x = self.x.to(taps.device) + taps.sum(1).double()
-        self.y = self.y.to(taps.device) + y.sum(1).double()
-        self.power = self.power.to(taps.device) + y.square().sum(1).double()
+        if not self.count:
+            self.shift, self.base = taps.mean(1), y.mean(1)
+        taps, y = taps - self.shift.unsqueeze(1), y - self.base.unsqueeze(1)
+        self.gram = self.gram + (taps.mT @ taps).double()
+        self.cross = self.cross + (y.mT @ taps).double()
+        self.x = self.x + taps.sum(1).double()
+        self.y = self.y + y.sum(1).double()
+        self.power = self.power + y.square().sum(1).double()
         self.count += taps.shape[1]
         if self.mixing:
             others = _taps(self.layer, original) - self.shift.unsqueeze(1)
-            self.mixed = self.mixed.to(taps.device) + (taps.mT @ others).double()
-            self.originals = self.originals.to(taps.device) + others.sum(1).double()
+            self.mixed = self.mixed + (taps.mT @ others).double()
+            self.originals = self.originals + others.sum(1).double()
 
     def finish(self, centred: bool) -> Moments:
         """Sums to means; `centred`: second moments about the means."""
@@ -55,12 +57,12 @@ class Moments:
             setattr(self, name, getattr(self, name) / self.count)
         self.gram = self.gram - _outer(self.x, self.x)
         self.cross = self.cross - _outer(self.y, self.x)
+        self.power = self.power - self.y.square()
         if self.mixing:
             self.mixed = self.mixed - _outer(self.x, self.originals)
-        self.x, self.originals = self.x + self.shift, self.originals + self.shift
-        if centred:
-            self.power = self.power - self.y.square()
-        else:
+        self.x, self.originals, self.y = self.x + self.shift, self.originals + self.shift, self.y + self.base
+        if not centred:
+            self.power = self.power + self.y.square()
             self.gram = self.gram + _outer(self.x, self.x)
             self.cross = self.cross + _outer(self.y, self.x)
             if self.mixing:
