@@ -229,6 +229,63 @@ def test_sums_of_moments_are_where_the_layer_is():
     assert all(t.is_meta for t in (moments.gram, moments.power, moments.mixed, moments.shift))
 
 
+def quantized(reference, x):
+    model = copy.deepcopy(reference)
+    aa.prepare_(model, aa.Spec(acc_bits=12), x)
+    aa.calibrate(model, [x])
+    return model
+
+
+class InPlace(nn.Module):
+    """Two layers that read one tensor, a third that reads it changed, and one that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
+        self.twice, self.inplace = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        x = x + 1
+        y = F.relu(self.a(x), self.inplace) + F.relu(self.b(x), self.inplace)
+        x = F.relu(x, self.inplace)
+        y = y + F.relu(self.c(x), self.inplace)
+        y = F.relu(self.twice(y), self.inplace)
+        return F.relu(self.twice(y), self.inplace)
+
+
+def test_operations_in_place_change_nothing():
+    torch.manual_seed(0)
+    reference, x = InPlace().eval(), torch.randn(50, 6)
+    model = quantized(reference, x)
+    states = []
+    for inplace in (False, True):
+        reference.inplace, one = inplace, copy.deepcopy(model)
+        one.inplace = inplace
+        aa.reconstruct(one, reference, [x], "axe-gpfq")
+        states.append(one.state_dict())
+    assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
+
+
+class Added(nn.Module):
+    """What the first layer gives is added to what it read, and both are the second one's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x + 1
+        x += self.a(x)
+        return self.b(x)
+
+
+def test_a_tensor_that_changed_is_another():
+    model = quantized(Added().eval(), torch.randn(5, 6))
+    with torch.no_grad():
+        _, groups = ptq._calls(model, quant_layers(model), [torch.randn(5, 6)])
+    assert groups == [["a"], ["b"]]
+
+
 def test_a_batchnorm_over_tokens_is_left_alone():
     """It has as many channels as there are tokens, not outputs of the layer."""
     torch.manual_seed(0)

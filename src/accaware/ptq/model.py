@@ -121,10 +121,11 @@ def _calls(
     """
     seen: Counter[str] = Counter()
     inputs: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}  # operations in place make another tensor of it
 
     def note(name: str, x: Tensor) -> None:
         seen.update([name])
-        inputs[name] = x
+        inputs[name], versions[name] = x, 0 if x.is_inference() else x._version
 
     hooks = [m.register_forward_pre_hook(lambda _, args, n=name: note(n, args[0])) for name, m in layers.items()]
     try:
@@ -140,7 +141,9 @@ def _calls(
     for name in seen:
         if getattr(layers[name], "transposed", False):
             continue
-        if groups and inputs[groups[-1][-1]] is inputs[name] and seen[name] == seen[groups[-1][-1]] == 1:
+        other = groups[-1][-1] if groups else name
+        same = inputs[other] is inputs[name] and versions[other] == versions[name]
+        if groups and same and seen[other] == seen[name] == 1:
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -153,9 +156,10 @@ def _collect(group: list[Moments], model: nn.Module, reference: nn.Module, batch
     originals: list[list[tuple[Tensor, ...]]] = [[] for _ in group]
 
     def note(found: list[list[tuple[Tensor, ...]]], index: int, *values: Tensor) -> None:
-        found[index].append(values)
-        if len(found[-1]) == calls:
+        if index == len(group) - 1 and len(found[index]) == calls - 1:
+            found[index].append(values)
             raise _Reached
+        found[index].append(tuple(value.clone() for value in values))  # what comes may change them in place
 
     hooks = []
     for i, moments in enumerate(group):
