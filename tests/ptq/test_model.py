@@ -297,6 +297,19 @@ def test_a_batchnorm_over_tokens_is_left_alone():
     assert all(torch.equal(model[1].state_dict()[name], t) for name, t in reference[1].state_dict().items())
 
 
+def test_nothing_is_rewritten_before_it_is_refused():
+    reference, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(3, 8, 3)
+    model = quantized(reference, x[0])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="iterates over the batches many times"):
+        aa.reconstruct(model, reference, iter(x))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    kept = aa.prepare_(copy.deepcopy(reference), aa.Spec(), x[0], keep={"*": 8})
+    for unfit in (reference, kept):
+        with pytest.raises(ValueError, match=r"^reconstruct needs a prepared model with layers inside the request$"):
+            aa.reconstruct(unfit, reference, x)
+
+
 def test_what_cannot_be_reconstructed_is_refused():
     model, reference = prepared()
     with pytest.raises(ValueError, match="reconstruct needs at least one batch"):

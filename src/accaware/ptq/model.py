@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, cast
@@ -37,6 +37,7 @@ _ROUNDING = 1e-12  # of squares of inputs in float32, relative to the squares of
 _SWEEPS = 3
 _REST = 0.49  # of a unit: the nearest integers stay those that were chosen
 _ALL_PAIRS = 1 << 27  # pairs of moves in a layer, up to which the descent compares them all
+_ONCE = "reconstruct iterates over the batches many times, which this iterator does not allow"
 
 
 @torch.no_grad()
@@ -61,14 +62,18 @@ def reconstruct(
     algorithm: how the integers are chosen: by our "budgeted", by its rivals "axe-gptq" and "axe-gpfq", or by plain
     "gptq" and "gpfq", which know no accumulator and need method "baseline". fixed_scale: these other algorithms keep
     the scales that `calibrate` chose, as published, instead of the best of a hundred by the outputs. Raises
-    `ValueError` for another algorithm, a fixed scale with "budgeted", a model that is not calibrated, another method,
-    one scale for all channels, layers that the reference lacks, and no data.
+    `ValueError` for another algorithm, a fixed scale with "budgeted", a model that is not prepared or not calibrated,
+    another method, one scale for all channels, layers that the reference lacks, no data, and an iterator.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
     if fixed_scale and algorithm == "budgeted":
         raise ValueError("algorithm 'budgeted' finds its scales: fixed_scale is for the others")
+    if isinstance(batches, Iterator):
+        raise ValueError(_ONCE)
     layers = {name: layer for name, layer in quant_layers(model).items() if layer.inside}
+    if not layers:
+        raise ValueError("reconstruct needs a prepared model with layers inside the request")
     floats = dict(reference.named_modules())
     for name, layer in layers.items():
         _refuse_unfit(name, layer, floats.get(name), algorithm)
@@ -180,7 +185,7 @@ def _collect(group: list[Moments], model: nn.Module, reference: nn.Module, batch
         for hook in hooks:
             hook.remove()
     if not group[0].count:
-        raise ValueError("reconstruct iterates over the batches many times, which this iterator does not allow")
+        raise ValueError(_ONCE)
 
 
 def _choose(layer: QuantLayer, moments: Moments, algorithm: str, fixed_scale: bool) -> None:
