@@ -263,6 +263,36 @@ def test_a_batchnorm_over_tokens_takes_none(features):
     assert torch.equal(model[1].running_mean, float_model[1].running_mean)
 
 
+class Calls(nn.Module):
+    """What torch.fx cannot trace: `steps` are run in order."""
+
+    def __init__(self, steps, **modules):
+        super().__init__()
+        self.steps, self.parts = steps, nn.ModuleDict(modules)
+
+    def forward(self, x):
+        for step in self.steps if x.isfinite().all() else ():
+            x = self.parts[step](x)
+        return x
+
+
+def test_a_batchnorm_that_always_follows_one_layer_takes_its_error():
+    """However often both run."""
+    torch.manual_seed(0)
+    parts = {"p": nn.Linear(3, 3, bias=False), "q": nn.Linear(3, 3, bias=False), "norm": nn.BatchNorm1d(3)}
+    float_model, x = Calls(("p", "norm", "p", "norm"), p=parts["p"], norm=parts["norm"]).eval(), TOKENS[:, 0]
+    model = corrected(float_model, x=x).eval()
+    with torch.no_grad():
+        x = torch.cat([x, float_model.parts["norm"](float_model.parts["p"](x))])
+        got, wanted = (m.parts["norm"](m.parts["p"](x)).mean(0) for m in (model, float_model))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(model.parts["norm"].running_mean, float_model.parts["norm"].running_mean)
+    float_model = Calls(("p", "norm", "q", "norm"), **parts).eval()
+    with pytest.warns(UserWarning, match="has neither a bias nor a batch-norm"):
+        model = corrected(float_model, x=TOKENS[:, 0])
+    assert torch.equal(model.parts["norm"].running_mean, float_model.parts["norm"].running_mean)
+
+
 def test_bias_correction_says_what_it_needs():
     torch.manual_seed(0)
     float_model = nn.Sequential(nn.Conv2d(3, 4, 3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantIdentity, QuantLayer
 from accaware.prepare import quant_layers
-from accaware.trace import evaluating
+from accaware.trace import batchnorm_after, evaluating
 
 __all__ = ["bias_correct", "equalize"]
 
@@ -182,26 +182,24 @@ def bias_correct(model: nn.Module, reference: nn.Module, batches: Iterable[Any])
     errors = {name: _MeanError(layer) for name, layer in layers.items()}
     hooks = [floats[name].register_forward_hook(error, with_kwargs=True) for name, error in errors.items()]
     device = next(model.parameters()).device
+    first: Any = None
     try:
         with evaluating(model), evaluating(reference):
             for inputs in feeds(batches, device):
+                first = inputs if first is None else first
                 call(reference, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     if not any(error.count for error in errors.values()):
         raise ValueError("bias correction needs at least one batch")
-    following = (
-        {id(layer): norm for layer, norm in norms(model)} if any(n.bias is None for n in layers.values()) else {}
-    )
+    following = batchnorm_after(model, {name: layer for name, layer in layers.items() if layer.bias is None}, first)
     for name, layer in layers.items():
         mean = errors[name].mean().to(layer.weight.dtype)
-        norm = following.get(id(layer)) if errors[name].flat else None
         if layer.bias is not None:
             layer.bias.sub_(mean)
-        elif norm is not None:
-            assert norm.running_mean is not None
-            norm.running_mean.add_(mean)
+        elif name in following:
+            cast(Tensor, model.get_submodule(following[name]).running_mean).add_(mean)
         else:
             warnings.warn(f"{name} has neither a bias nor a batch-norm: its mean error stays", stacklevel=2)
 
@@ -211,30 +209,14 @@ class _MeanError:
 
     def __init__(self, layer: QuantLayer) -> None:
         self.layer, self.total, self.count = layer, torch.zeros((), dtype=torch.float64), 0
-        self.flat = True  # whether a batch-norm would find the channels where they are
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         error = (self.layer(*args, **kwargs) - out).double()
         # Channels come last for linear layers; without a batch axis they come first for convolutions.
         channel = -1 if isinstance(module, nn.Linear) else -self.layer.weight.dim() + 1
-        self.flat = self.flat and (channel != -1 or out.dim() == 2)
         error = error.movedim(channel, -1).reshape(-1, out.shape[channel])
         self.total = self.total.to(error.device) + error.sum(0)
         self.count += len(error)
 
     def mean(self) -> Tensor:
         return self.total / max(1, self.count)
-
-
-def norms(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:
-    """Layers and the batch-norm of as many channels that alone reads what they give."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if not any(isinstance(module, _BatchNorm) for module in modules.values()):
-        return  # such models need not be traceable
-    for node in _graph(model).nodes:
-        if node.op == "call_module" and len(node.users) == 1:
-            reader = next(iter(node.users))
-            norm = modules.get(str(reader.target)) if reader.op == "call_module" else None
-            layer = modules[str(node.target)]
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.num_features == _outputs(layer):
-                yield layer, norm

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from accaware.inputs import call
 from accaware.layers import QuantIdentity, QuantLayer
@@ -158,12 +160,21 @@ def trace(model: nn.Module, targets: Mapping[str, nn.Module], sample: Any) -> Tr
     return result
 
 
+@dataclass
+class _Output:
+    """What one run of a layer gave: how many functions read it, and the batch-norm that does."""
+
+    layer: str
+    readers: int = 0
+    norm: str = ""
+
+
 class _Readers(TorchFunctionMode):
     """Counts the functions that read the values of a tensor: all but those that say its type or its sizes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: dict[int, int] = {}
+        self.outputs: MutableMapping[Tensor, _Output] = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -173,36 +184,36 @@ class _Readers(TorchFunctionMode):
 
     def read(self, values: Any) -> None:
         """Count the tensors in nested lists, tuples and dictionaries, each once."""
-        for value in {id(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}:
-            self.counts[value] = self.counts.get(value, 0) + 1
+        for value in {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}.values():
+            if (output := self.outputs.get(value)) is not None:
+                output.readers += 1
 
 
 def batchnorm_after(model: nn.Module, layers: Mapping[str, QuantLayer], sample: Any) -> dict[str, str]:
-    """layer -> the batch-norm of its channels that is the only reader of its output; both run once, over `sample`.
+    """layer -> the batch-norm of its channels that alone reads its output and reads nothing else, in one run.
 
     What is computed past torch's own functions (`torch.autograd.Function`, compiled code) is not seen.
     """
+    norms = {n: m for n, m in model.named_modules() if type(m) in _BATCHNORMS and m.running_mean is not None}
+    if not norms:
+        return {}
     readers = _Readers()
-    outputs: dict[int, str] = {}
-    alive: list[Tensor] = []  # ids must not be used again
-    after: dict[str, str] = {}
-    runs: dict[str, int] = {}
+    found: list[_Output] = []
+    runs: Counter[str] = Counter()
 
     def leave(name: str, out: Tensor) -> None:
-        runs[name] = runs.get(name, 0) + 1
-        outputs[id(out)] = name
-        readers.counts[id(out)] = 0  # a tensor that is gone may have had this id
-        alive.append(out)
+        runs[name] += 1
+        found.append(_Output(name))
+        readers.outputs[out] = found[-1]
 
     def enter(name: str, args: tuple[Any, ...]) -> None:
-        runs[name] = runs.get(name, 0) + 1
-        layer = outputs.get(id(args[0])) if args else None
+        runs[name] += 1
+        output = readers.outputs.get(args[0]) if args else None
         # Channels are the second dimension for batch-norm, the last one for a linear layer.
-        if layer is not None and args[0].dim() == layers[layer].weight.dim():
-            after[layer] = name
+        if output is not None and args[0].dim() == layers[output.layer].weight.dim():
+            output.norm = name
 
     hooks = [m.register_forward_hook(lambda m, args, out, n=name: leave(n, out)) for name, m in layers.items()]
-    norms = {n: m for n, m in model.named_modules() if type(m) in _BATCHNORMS and m.running_mean is not None}
     hooks += [m.register_forward_pre_hook(lambda m, args, n=name: enter(n, args)) for name, m in norms.items()]
     try:
         with evaluating(model), torch.no_grad(), readers:
@@ -210,8 +221,8 @@ def batchnorm_after(model: nn.Module, layers: Mapping[str, QuantLayer], sample: 
     finally:
         for hook in hooks:
             hook.remove()
-    alone = {name for identity, name in outputs.items() if readers.counts.get(identity) == 1}
-    return {layer: norm for layer, norm in after.items() if layer in alone and runs[layer] == runs[norm] == 1}
+    pairs = Counter((output.layer, output.norm) for output in found if output.norm and output.readers == 1)
+    return {layer: norm for (layer, norm), count in pairs.items() if runs[layer] == runs[norm] == count}
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from accaware.initialise import norms
 from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantLayer
 from accaware.prepare import quant_layers
@@ -25,7 +24,7 @@ from accaware.ptq.relaxed import start, sweep
 from accaware.ptq.rounding import Nearest
 from accaware.quantizers.projected import BaselineQuantizer
 from accaware.quantizers.weight import scale_ratios
-from accaware.trace import evaluating
+from accaware.trace import batchnorm_after, evaluating
 
 __all__ = ["ALGORITHMS", "budgeted", "reconstruct"]
 
@@ -77,18 +76,21 @@ def reconstruct(
     floats = dict(reference.named_modules())
     for name, layer in layers.items():
         _refuse_unfit(name, layer, floats.get(name), algorithm)
-    following = dict(norms(model)) if any(layer.bias is None for layer in layers.values()) else {}
     with evaluating(model), evaluating(reference):
-        calls, groups = _calls(model, layers, batches)
+        first = next(feeds(batches, next(model.parameters()).device), None)
+        if first is None:
+            raise ValueError("reconstruct needs at least one batch")
+        calls, groups = _calls(model, layers, first)
+        bare = {name: layer for name, layer in layers.items() if layer.bias is None and calls[name] == 1}
+        following = batchnorm_after(model, bare, first)
         for names in groups:
             group = [Moments(layers[name], floats[name], mixing=algorithm.endswith("gpfq")) for name in names]
             _collect(group, model, reference, batches, calls[names[0]])
             for name, moments in zip(names, group, strict=True):
-                layer = layers[name]
-                norm = following.get(layer) if calls[name] == 1 and layer.bias is None else None
-                centred = norm is not None or layer.bias is not None
-                _choose(layer, moments.finish(centred), algorithm, fixed_scale)
-                _correct(layer, moments, norm)
+                centred = name in following or moments.layer.bias is not None
+                _choose(moments.layer, moments.finish(centred), algorithm, fixed_scale)
+                norm = model.get_submodule(following[name]) if name in following else None
+                _correct(moments.layer, moments, cast(_BatchNorm | None, norm))
 
 
 def _refuse_unfit(name: str, layer: QuantLayer, reference: nn.Module | None, algorithm: str) -> None:
@@ -117,12 +119,10 @@ def _run(network: nn.Module, inputs: Any) -> None:
         call(network, inputs)
 
 
-def _calls(
-    model: nn.Module, layers: dict[str, QuantLayer], batches: Iterable[Any]
-) -> tuple[Counter[str], list[list[str]]]:
+def _calls(model: nn.Module, layers: dict[str, QuantLayer], first: Any) -> tuple[Counter[str], list[list[str]]]:
     """How often each layer runs; and the layers that have moments, in the order of first runs.
 
-    Those that read one tensor in a row (query, key and value) are together.
+    Those that read one tensor in a row (query, key and value) are together. first: what the model is called with.
     """
     seen: Counter[str] = Counter()
     inputs: dict[str, Tensor] = {}
@@ -134,11 +134,7 @@ def _calls(
 
     hooks = [m.register_forward_pre_hook(lambda _, args, n=name: note(n, args[0])) for name, m in layers.items()]
     try:
-        for first in feeds(batches, next(model.parameters()).device):
-            _run(model, first)
-            break
-        else:
-            raise ValueError("reconstruct needs at least one batch")
+        call(model, first)
     finally:
         for hook in hooks:
             hook.remove()
