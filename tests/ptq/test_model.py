@@ -266,6 +266,39 @@ def test_a_batchnorm_over_tokens_or_of_two_layers_is_left_alone(reference, shape
     assert all(torch.equal(kept[name], t) for name, t in norms.items())
 
 
+def test_batchnorm_brings_means_back_where_its_variance_is_small_and_does_so_once():
+    """Batch-norm adds epsilon to the variance; its running mean is never quite that of the images."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)).eval()
+    x = torch.randn(200, 6)
+    with torch.no_grad():
+        reference[0].weight *= 3e-3
+        y = reference[0](x)
+        reference[1].running_mean.copy_(y.mean(0) - 2 * y.std(0))
+        reference[1].running_var.copy_(y.var(0))
+    model = copy.deepcopy(reference)
+    aa.prepare_(model, aa.Spec(weight_bits=2, act_bits=4, acc_bits=9), x)
+    aa.calibrate(model, [x])
+    aa.reconstruct(model, reference, [x])
+    with torch.no_grad():
+        got, wanted = (network.eval()(x).mean(0) for network in (model, reference))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model[1].running_var, reference[1].running_var, rtol=1e-3, atol=0)
+    first = copy.deepcopy(model.state_dict())
+    aa.reconstruct(model, reference, [x])
+    assert all(torch.equal(t, first[name]) for name, t in model.state_dict().items())
+
+
+def test_a_variance_that_is_rounding_stays():
+    """Inputs between two codes become either of them."""
+    torch.manual_seed(0)
+    reference, x = nn.Sequential(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)).eval(), torch.rand(300, 6)
+    model = quantized(reference, x)
+    x = 2.5 * model[0].input_quant.step(x).item() * (1 + 1e-7 * torch.randn_like(x))
+    aa.reconstruct(model, reference, [x], "axe-gptq")
+    assert torch.equal(model[1].running_var, reference[1].running_var)
+
+
 class InPlace(nn.Module):
     """Two layers that read one tensor, a third that reads it changed, and one that runs twice."""
 

@@ -32,7 +32,9 @@ ALGORITHMS = ("budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
-_ROUNDING = 1e-12  # of squares of inputs in float32, relative to the squares of their means
+_ROUNDING = (
+    1e-12  # of squares in float32: of inputs relative to those of their means, of outputs to those of their terms
+)
 _SWEEPS = 3
 _REST = 0.49  # of a unit: the nearest integers stay those that were chosen
 _ALL_PAIRS = 1 << 27  # pairs of moves in a layer, up to which the descent compares them all
@@ -82,15 +84,17 @@ def reconstruct(
             raise ValueError("reconstruct needs at least one batch")
         calls, groups = _calls(model, layers, first)
         bare = {name: layer for name, layer in layers.items() if layer.bias is None and calls[name] == 1}
-        following = batchnorm_after(model, bare, first)
+        following = {
+            name: (cast(_BatchNorm, model.get_submodule(norm)), floats.get(norm))
+            for name, norm in batchnorm_after(model, bare, first).items()
+        }
         for names in groups:
             group = [Moments(layers[name], floats[name], mixing=algorithm.endswith("gpfq")) for name in names]
             _collect(group, model, reference, batches, calls[names[0]])
             for name, moments in zip(names, group, strict=True):
                 centred = name in following or moments.layer.bias is not None
                 _choose(moments.layer, moments.finish(centred), algorithm, fixed_scale)
-                norm = model.get_submodule(following[name]) if name in following else None
-                _correct(moments.layer, moments, cast(_BatchNorm | None, norm))
+                _correct(moments, *following.get(name, (None, None)))
 
 
 def _refuse_unfit(name: str, layer: QuantLayer, reference: nn.Module | None, algorithm: str) -> None:
@@ -224,17 +228,25 @@ def budgeted(weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     return descend(q, scale, problem) if len(q) * (2 * q.shape[1]) ** 2 <= _ALL_PAIRS else (q, scale)
 
 
-def _correct(layer: QuantLayer, moments: Moments, norm: _BatchNorm | None) -> None:
-    """Bring back the float network's means by the bias, or means and variances by the batch-norm that follows."""
+def _correct(moments: Moments, norm: _BatchNorm | None, reference: nn.Module | None) -> None:
+    """Bring back the float network's means by the bias, or means and variances by the batch-norm that follows.
+
+    reference: the float network's norm, whose statistics are the start: what ran before on the model's does not count.
+    """
+    layer = moments.layer
     weight = layer.quantized_weight().double().reshape(moments.cross.shape)
-    mean = (weight @ moments.x.unsqueeze(-1)).squeeze(-1)
+    mean = (weight @ moments.x.unsqueeze(-1)).flatten()
     if layer.bias is not None:
-        layer.bias.copy_(cast(Tensor, moments.reference.bias) - (mean - moments.y).flatten())
+        layer.bias.copy_(cast(Tensor, moments.reference.bias) - (mean - moments.y.flatten()))
     elif norm is not None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        ratio = ((weight * (weight @ moments.gram)).sum(-1) / moments.power).flatten()
-        ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1)
-        centre = moments.y.flatten() - norm.running_mean  # running statistics are not quite those of these images
-        norm.running_mean.copy_(mean.flatten() - centre * ratio.sqrt())
-        norm.running_var.mul_(ratio)
+        given = reference if isinstance(reference, _BatchNorm) and reference.running_mean is not None else norm
+        centre, before = cast(Tensor, given.running_mean), cast(Tensor, given.running_var)
+        inputs = (moments.gram.diagonal(dim1=1, dim2=2) + moments.x.square()).clamp(min=0).sqrt().unsqueeze(-1)
+        least = _ROUNDING * (weight.abs() @ inputs).squeeze(-1).square()
+        power = (weight * (weight @ moments.gram)).sum(-1)
+        known = (power > least) & (moments.power > least)
+        variance = before * torch.where(known, power / moments.power, 1).flatten()
+        # Running statistics are not quite those of these images: what is between them is scaled as the outputs are.
+        ratio = (variance + norm.eps) / (before + norm.eps)
+        cast(Tensor, norm.running_mean).copy_(mean - (moments.y.flatten() - centre) * ratio.sqrt())
+        cast(Tensor, norm.running_var).copy_(variance)
