@@ -4,8 +4,9 @@
 
 4-bit weights and unsigned 4-bit inputs; random weights, correlated inputs. GPTQ and AXE run once, at the scale that
 `budgeted`'s first search finds (as part of its time), and up to the size `--searched` also as `accaware ptq` runs GPTQ,
-at the best of a hundred scales for each output. Each size runs in a process of its own, all algorithms in turn. Beside
-the times: the output error relative to the output, and the peak memory of the process while the algorithm ran.
+at the best of about a hundred scales for each output. Above some 320 taps `budgeted` ends without the search of pairs.
+Each size runs in a process of its own, all algorithms in turn. Beside the times: the output error relative to the
+output, and the peak memory of the process while the algorithm ran.
 """
 
 from __future__ import annotations

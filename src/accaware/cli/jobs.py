@@ -109,7 +109,7 @@ FixedScale = Annotated[
     _Option(
         "--fixed-scale",
         help="Others' methods keep the scale of --init (none: of the largest weight), as published, instead of the "
-        "best of a hundred by the outputs.",
+        "best of about a hundred by the outputs.",
         rich_help_panel=QUANT,
     ),
 ]

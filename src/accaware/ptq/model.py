@@ -59,10 +59,11 @@ def reconstruct(
 
     model: prepared and calibrated, with methods "projected" or "baseline", before any `bias_correct`. reference: the
     float network that it was made from, with the same names of layers. batches: as for `calibrate`; iterated once for
-    each layer (once for those that read one tensor), up to which both networks run: memory holds its moments.
+    each layer (once for those that read one tensor), up to which both networks run: memory holds its moments. Before
+    that the first batch shows the order.
     algorithm: how the integers are chosen: by our "budgeted", by its rivals "axe-gptq" and "axe-gpfq", or by plain
     "gptq" and "gpfq", which know no accumulator and need method "baseline". fixed_scale: these other algorithms keep
-    the scales that `calibrate` chose, as published, instead of the best of a hundred by the outputs. Raises
+    the scales that `calibrate` chose, as published, instead of the best of about a hundred by the outputs. Raises
     `ValueError` for another algorithm, a fixed scale with "budgeted", a model that is not prepared or not calibrated,
     another method, one scale for all channels, layers that the reference lacks, no data, and an iterator.
     """
