@@ -39,18 +39,19 @@ def write_parquet(file: Path, images: Images) -> None:
     pq.write_table(pa.table({"img": pa.array(rows, kind), "label": images.labels.tolist()}), file)
 
 
-def made_up(value: float, width: int, layers: Iterable[tuple[str, int, IntFormat]] = (), **changes: Any) -> Run:
-    """A run with that value and that accumulator: `changes` name what is not as always in its result or configuration.
+def made_up(value: float, bits: int, layers: Iterable[tuple[str, int, IntFormat]] = (), **changes: Any) -> Run:
+    """A run with that value, of an accumulator of so many bits: `changes` name what is not as always.
 
     layers: name, fan_in and codes of each.
     """
-    config = {"command": "train", "acc_bits": [str(width)], "init": "search", "preload": "none", "lr": 0.01, "out": "x"}
+    config = {"command": "train", "acc_bits": [str(bits)], "init": "search", "preload": "none", "lr": 0.01, "out": "x"}
+    config |= {"width": 1.0}
     result = {"metric": "top1", "method": "projected", "weight_bits": 4, "act_bits": 4, "seed": 0, "epochs": 1.0}
-    result |= {"model": "resnet20", "data": "cifar10", "split": "test", "holds": True, "bits_needed": width}
+    result |= {"model": "resnet20", "data": "cifar10", "split": "test", "holds": True, "bits_needed": bits}
     result |= {"sparsity": 0.5, "seconds": 1.0, "steps": 10, "versions": {"accaware": "1"}, "commit": "c0ffee"}
     for name, change in changes.items():
         (config if name in config else result)[name] = change
-    result |= {"acc_bits": width, result["metric"]: value, f"float_{result['metric']}": 91.73}
+    result |= {"acc_bits": bits, result["metric"]: value, f"float_{result['metric']}": 91.73}
     about = [{"name": n, "fan_in": k, "codes": [c.lo, c.hi], "utilisation": 0.75} for n, k, c in layers]
     return Run(config, result, about)
 

@@ -77,12 +77,15 @@ def test_settings_that_differ_within_a_point_make_curves() -> None:
 
 
 def test_runs_that_cannot_be_compared_make_groups() -> None:
-    runs = made_up(80, 10), made_up(81, 10, epochs=3.0), made_up(82, 10, split="val"), made_up(25, 10, metric="psnr")
+    runs = [made_up(80, 10), made_up(81, 10, epochs=3.0), made_up(82, 10, split="val"), made_up(25, 10, metric="psnr")]
+    runs += [made_up(80, 10, model="mobilenetv1", width=width) for width in (0.25, 1.0)]
     assert [group.title for group in groups(runs)] == [
         "resnet20 on cifar10, 1 epoch, test set",
         "resnet20 on cifar10, 3 epochs, test set",
         "resnet20 on cifar10, 1 epoch, val split",
         "resnet20 on cifar10, 1 epoch, test set",
+        "mobilenetv1 x 0.25 on cifar10, 1 epoch, test set",
+        "mobilenetv1 on cifar10, 1 epoch, test set",
     ]
 
 
@@ -109,8 +112,8 @@ def test_the_baseline_lies_at_two_widths() -> None:
 def test_distances_are_those_between_lines() -> None:
     ours = [made_up(80, 9), made_up(86, 10), made_up(90, 12)]
     theirs = [made_up(v, p, method="a2q+") for v, p in ((95, 16), (88, 14), (83, 11), (70, 10))]
-    worse = made_up(50, 14, method="a2q+", init="ep")
-    found = [(d.bits, d.value, d.saved, d.at_least) for d in distances(only(*ours, *theirs, worse))]
+    worse = [made_up(v, p, method="a2q+", init="ep") for v, p in ((50, 14), (69, 12))]  # not on the front
+    found = [(d.bits, d.value, d.saved, d.at_least) for d in distances(only(*ours, *theirs, *worse))]
     assert found == [(16, 95, None, False), (14, 88, 3, False), (11, 83, 1.5, False), (10, 70, 1, True)]
 
 
@@ -143,12 +146,31 @@ def test_the_papers_network_is_found(model: str, data: str, metric: str, sources
 
 def test_what_is_not_the_same_is_said() -> None:
     group = only(made_up(90, 12), made_up(90, 12, weight_bits=5, seed=1))
-    pairs = {name: (here, there) for name, here, there in paper.compared(group, paper.COLUMNS[1])}
+    pairs = {fact.name: (fact.here, fact.there) for fact in paper.compared(group, paper.COLUMNS[1])}
     assert pairs["model"] == ("resnet20", "ResNet18")
     assert pairs["epochs"] == ("1", "100")
     assert pairs["float network"] == ("91.73", "95.00")
     assert pairs["bits of weights, activations"][0] == "best of 4, 4; 5, 4"
     assert pairs["seeds"] == ("2", "3")
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "data", "metric", "same"),
+    [
+        ("resnet18-cifar", 1.0, "cifar10", "top1", {"model", "data"}),
+        ("mobilenetv1", 1.0, "cifar10", "top1", {"model", "data"}),
+        ("mobilenetv1", 0.25, "cifar10", "top1", {"data"}),
+        ("resnet20", 1.0, "cifar10", "top1", {"data"}),
+        ("resnet50", 1.0, "folder", "top1", {"model"}),
+        ("unet", 1.0, "bsds300", "psnr", {"model", "data"}),
+    ],
+)
+def test_the_same_network_goes_by_other_names(model: str, width: float, data: str, metric: str, same: set[str]) -> None:
+    group = only(made_up(25, 12, model=model, width=width, data=data, metric=metric))
+    for column in paper.beside(group):
+        found = {fact.name for fact in paper.compared(group, column) if fact.same}
+        assert found & {"model", "data"} == same
+        assert "epochs" not in found
 
 
 # Files

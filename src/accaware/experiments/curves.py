@@ -12,7 +12,7 @@ from accaware.experiments.results import LOWER_IS_BETTER, Run
 from accaware.experiments.settings import FREE_ON_RESUME, TRAIN_ONLY
 
 #: Runs that differ in these are never drawn in one picture.
-SAME = ("model", "data", "metric", "split", "command", "epochs", "limit_train")
+SAME = ("model", "width", "data", "metric", "split", "command", "epochs", "limit_train")
 #: The axes of a curve, and what says where a run lies. (`acc_bits` holds the patterns of single layers only.)
 _AXES = {"method", "weight_bits", "act_bits", "seed", *SAME} | (FREE_ON_RESUME - {"checkpoint"})
 #: What may be chosen anew at each point of a curve.
@@ -87,7 +87,12 @@ class Group:
         epochs = f"{s['epochs']:g} epoch{'' if s['epochs'] == 1 else 's'}" if s["epochs"] else "no training"
         limit = f", first {s['limit_train']} training images" if s["limit_train"] else ""
         split = "test set" if s["split"] == "test" else f"{s['split']} split"
-        return f"{s['model']} on {s['data']}, {epochs}{limit}, {split}"
+        return f"{self.model} on {s['data']}, {epochs}{limit}, {split}"
+
+    @property
+    def model(self) -> str:
+        """Its name, and how many times as wide it is."""
+        return self.shared["model"] + (f" x {self.shared['width']:g}" if self.shared["width"] != 1 else "")
 
     @property
     def widths(self) -> list[int]:
@@ -118,7 +123,7 @@ def groups(runs: Iterable[Run]) -> list[Group]:
     """The runs in groups that may be compared, in the order of their first runs."""
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        values = {**run.config, **run.result}
+        values = {**run.settings, **run.result}
         found.setdefault(tuple(values.get(name) for name in SAME), []).append(run)
     return [_group(dict(zip(SAME, key, strict=True)), members) for key, members in found.items()]
 
@@ -212,15 +217,17 @@ class Distance:
 
 
 def distances(group: Group, method: str = "projected", other: str = "a2q+") -> list[Distance]:
-    """From every curve of `method` to the best of `other` at each of its widths, linearly interpolated.
+    """From every curve of `method` to the front of `other`, the best at each width; linearly interpolated.
 
-    None where less is better.
+    Widths where a narrower one is as good are not on the front. None where less is better.
     """
     if group.shared["metric"] in LOWER_IS_BETTER:
         return []
     best: dict[int, float] = {}
-    for point in (point for curve in group.curves if curve.method == other for point in curve.points):
-        best[point.bits] = max(point.mean, best.get(point.bits, point.mean))
+    points = [point for curve in group.curves if curve.method == other for point in curve.points]
+    for point in sorted(points, key=lambda point: (point.bits, -point.mean)):
+        if point.mean > max(best.values(), default=float("-inf")):
+            best[point.bits] = point.mean
     found = []
     for curve in group.curves:
         if curve.method == method:

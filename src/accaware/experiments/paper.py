@@ -109,17 +109,31 @@ def _depth(column: Column) -> str:
     return "".join(re.findall("[0-9]{2}$", column.model))
 
 
-def compared(group: Group, column: Column) -> list[tuple[str, str, str]]:
-    """What must be the same for numbers to be comparable: its name, here, and there."""
-    seeds = len({run.result["seed"] for run in group.runs})
+@dataclass(frozen=True)
+class Fact:
+    """Something that must be `same` for numbers to be comparable: what it is called, what it is here, and there."""
+
+    name: str
+    here: str
+    there: str
+    same: bool
+
+
+def compared(group: Group, column: Column) -> list[Fact]:
+    """What is the same, and what is not."""
+    shared = group.shared
+    seeds = str(len({run.result["seed"] for run in group.runs}))
     here = "best of " * (len(group.pairs) > 1) + "; ".join(f"{m}, {n}" for m, n in group.pairs)
     floats = " and ".join(f"{value:.2f}" for value in group.references) or "none"
+    epochs, reference = str(column.epochs or "not stated"), f"{column.reference:.2f}"
+    model = re.sub("cifar$", "", _plain(shared["model"])) == _plain(column.model) and shared["width"] == 1
+    data = _plain(shared["data"]).replace("bsds", "bsd") == _plain(column.data)
     return [
-        ("model", str(group.shared["model"]), column.model),
-        ("data", str(group.shared["data"]), column.data),
-        ("judged on", str(group.shared["split"]), "test"),
-        ("float network", floats, f"{column.reference:.2f}"),
-        ("epochs", f"{group.shared['epochs']:g}", str(column.epochs or "not stated")),
-        ("bits of weights, activations", here, column.pairs),
-        ("seeds", str(seeds), column.seeds),
+        Fact("model", group.model, column.model, model),
+        Fact("data", str(shared["data"]), column.data, data),
+        Fact("judged on", str(shared["split"]), "test", shared["split"] == "test"),
+        Fact("float network", floats, reference, floats == reference),
+        Fact("epochs", f"{shared['epochs']:g}", epochs, f"{shared['epochs']:g}" == epochs),
+        Fact("bits of weights, activations", here, column.pairs, here == column.pairs),
+        Fact("seeds", seeds, column.seeds, seeds == column.seeds),
     ]

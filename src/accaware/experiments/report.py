@@ -17,7 +17,7 @@ from rich.table import Table
 from accaware.certify.markup import NOTHING, Markup, count, el, facts, page, short, table
 from accaware.experiments.curves import METHODS, Curve, Distance, Group, Point, distances
 from accaware.experiments.figures import draw
-from accaware.experiments.paper import Column, beside, compared
+from accaware.experiments.paper import Column, Fact, beside, compared
 from accaware.experiments.results import Run, axis
 
 SHOWN = 500  # runs in the list of a group
@@ -150,7 +150,7 @@ def saved(distance: Distance) -> str:
 def _papers(group: Group) -> Iterable[Markup]:
     for column in beside(group):
         title = f"Beside {column.source}: {column.model}"
-        facts = (_row(name, (here, there, _same(here, there))) for name, here, there in compared(group, column))
+        facts = (_row(fact.name, (fact.here, fact.there, _same(fact))) for fact in compared(group, column))
         yield _wide(title, table(("", "here", "there", ""), facts))
         widths = sorted({bits for row in column.rows.values() for bits in row} | set(group.widths), reverse=True)
         headings = (*(f"{c.label}, here" for c in group.curves), *(f"{name}, there" for name in column.rows))
@@ -158,8 +158,8 @@ def _papers(group: Group) -> Iterable[Markup]:
         yield _scroll(title, _figures(("P", *headings), rows))
 
 
-def _same(here: str, there: str) -> str:
-    return "same" if here.lower() == there.lower() else el("strong", "not the same")
+def _same(fact: Fact) -> str:
+    return "same" if fact.same else el("strong", "not the same")
 
 
 def _both(bits: int, curves: Iterable[Curve], column: Column) -> Iterable[str]:
