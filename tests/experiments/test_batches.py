@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -62,6 +64,25 @@ def test_a_batch_depends_on_seed_epoch_and_step_only() -> None:
         assert torch.equal(x, x2)
         assert torch.equal(labels, labels2)
     assert not torch.equal(TrainBatches(images, 8, 4, NORM).batch(0)[1], streamed[0][1])
+
+
+def test_the_next_batch_is_made_while_one_is_used() -> None:
+    made = threading.Event()
+
+    class Watched(Images):
+        asked = 0
+
+        def rows(self, index: torch.Tensor | slice) -> Images:
+            Watched.asked += 1
+            if Watched.asked == 2:
+                made.set()
+            return super().rows(index)
+
+    images = numbered(50)
+    stream = TrainBatches(Watched(images.pixels, images.labels), 8, 3, NORM).stream(0, 3)
+    next(stream)
+    assert made.wait(30)
+    assert len(list(stream)) == 2
 
 
 def test_an_epoch_visits_every_row_once_and_each_epoch_differs() -> None:

@@ -19,7 +19,7 @@ import accaware as aa
 from accaware.certify.certificate import Certificate
 from accaware.certify.model import certify
 from accaware.cli import run
-from accaware.experiments.job import load_run
+from accaware.experiments.job import find_device, load_run
 from accaware.experiments.runs import RunFolder
 
 RESULT = {
@@ -166,8 +166,22 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(options: list[str
 
 
 def test_two_processes_train_one_model(options: list[str]) -> None:
-    words = [*options, "--devices", "2", "--epochs", "0.5", "--out", "ddp"]
-    done = subprocess.run(command("train", *words), env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("top-1") == 2
-    assert result(Path("ddp"))["holds"] is True
+    """The same one, whether we start them or torchrun does, as recipes/README.md says."""
+    words = ["train", *options, "--devices", "2", "--epochs", "0.5"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, line in (("ours", command(*words)), ("torchrun", [*torchrun, "-m", "accaware", *words])):
+        line += ["--out", name]
+        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1") == 2
+        assert result(Path(name))["holds"] is True
+    assert same_weights(Path("ours"), Path("torchrun"))
+
+
+def test_every_process_of_a_host_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert str(find_device("auto")) == str(find_device("cuda")) == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(find_device("auto")) == str(find_device("cuda")) == "cuda:3"
+    assert (str(find_device("cuda:1")), str(find_device("cpu"))) == ("cuda:1", "cpu")

@@ -16,6 +16,7 @@ from accaware.cli import run
 from accaware.experiments.job import load_run
 from accaware.experiments.models import build
 from accaware.experiments.runs import RunFolder
+from accaware.experiments.settings import read_recipe
 from experiments.helpers import bsds_folder, imagenet_folder
 from test_cli import fails
 
@@ -99,6 +100,40 @@ def test_the_recipe_of_imagenet_starts_trains_and_certifies(tmp_path: Path, monk
     certificate = Certificate.load("a/certificate.json")
     assert [op.name for op in certificate.operations if op.name in ("conv1", "fc") and op not in certificate.inside]
     assert len(certificate.inside) == 52  # 53 convolutions and one linear layer, less the first and the last
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"paper/cifar10-{model}{kind}" for model in ("resnet18", "mobilenetv1") for kind in ("", "-float")),
+        *("paper/imagenet-resnet18", "paper/imagenet-resnet34", "paper/bsds300-espcn", "paper/bsds300-unet"),
+        *("quick/cifar10-resnet18", "quick/cifar10-resnet20", "quick/cifar10-mobilenetv1"),
+    ],
+)
+def test_a_recipe_starts_trains_and_certifies(name: str, cifar: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two steps from random weights, as the recipe says but for the sizes; those not listed have tests of their own."""
+    monkeypatch.chdir(tmp_path)
+    file = RECIPES / f"{name}.yaml"
+    recipe = read_recipe(file)
+    words = ["--recipe", str(file), "--device", "cpu", "--acc-bits", "16", "--batch-size", "4", "--calib", "4"]
+    if recipe["data"] == "cifar10":
+        words += ["--data-dir", str(cifar), "--epochs", str(2 * 4 / 96), "--init", recipe.get("init", "none")]
+    elif recipe["data"] == "imagenet":
+        words += ["--data-dir", str(imagenet_folder(tmp_path / "data")), "--epochs", str(2 * 4 / 12)]
+        words += ["--image-size", "48", "--resize", "56", "--lr", "1e-7"]  # a network that was never trained explodes
+    else:
+        words += ["--data-dir", str(bsds_folder(tmp_path / "data")), "--image-size", "12", "--epochs", "2"]
+    if recipe.get("quantize", True):
+        words += ["--method", "a2q+"]
+        if recipe["data"] != "bsds300":
+            torch.manual_seed(0)
+            torch.save(build(recipe["model"], 3, recipe.get("width", 1.0)).state_dict(), "float.pth")
+            words += ["--checkpoint", "float.pth"]
+    assert run(["train", *words, "--out", "a"]) == 0
+    got = result(Path("a"))
+    assert (got["steps"], got["holds"], got["model"]) == (2, recipe.get("quantize", True), recipe["model"])
+    assert len(steps("a")) > 1
 
 
 @pytest.mark.usefixtures("cache")

@@ -14,6 +14,7 @@ from accaware.experiments.batches import EvalBatches
 from accaware.experiments.images import NORMALIZATIONS
 from accaware.experiments.settings import Settings
 from accaware.experiments.training import Network, Plan, accelerator, evaluate, parameter_groups
+from accaware.formats import Method
 from experiments.helpers import random_images
 
 SETTINGS = Settings(lr=0.1, scale_lr=3.0, weight_decay=0.01, batch_size=10)
@@ -59,11 +60,11 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
     assert plan.rate(10) == 0
 
 
-def prepared() -> nn.Module:
+def prepared(method: Method = "projected") -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 3))
     batches = EvalBatches(random_images(20, 0), 10, NORMALIZATIONS["cifar10"])
-    aa.prepare_(model, aa.Spec(acc_bits=16), torch.zeros(1, 3, 32, 32))
+    aa.prepare_(model, aa.Spec(acc_bits=16, method=method), torch.zeros(1, 3, 32, 32))
     aa.calibrate(model, batches)
     return model
 
@@ -103,6 +104,21 @@ def test_the_loss_has_three_terms() -> None:
     assert losses[2] == pytest.approx(losses[0])
     entropy = -logits[torch.arange(20), batch[1]].log().mean() + float(aa.penalty(model))
     assert losses[0] == pytest.approx(float(entropy), rel=1e-5)
+
+
+def test_the_penalty_has_its_weight() -> None:
+    model = prepared("a2q+")
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight_quant.t += 20
+    images, norm = random_images(20, 0), NORMALIZATIONS["cifar10"]
+    batch = next(iter(EvalBatches(images, 20, norm)))
+    found = [
+        Network(model, images, norm, replace(SETTINGS, penalty=weight), 0.0).training_step(batch, 0)
+        for weight in (0, 2)
+    ]
+    assert found[0]["penalty"].item() == 0 < found[1]["penalty"].item() == 2 * aa.penalty(model, 1).item()
+    assert (found[1]["loss"] - found[0]["loss"]).item() == pytest.approx(found[1]["penalty"].item(), rel=1e-3)
 
 
 def test_the_teacher_is_no_part_of_a_checkpoint() -> None:

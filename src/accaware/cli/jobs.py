@@ -130,6 +130,9 @@ CropPad = Annotated[
 Quantize = Annotated[bool, _Option(help="--no-quantize trains the float network.", rich_help_panel=TRAIN)]
 BatchSize = Annotated[int, _Option(help="Images per step, over all devices together.", rich_help_panel=TRAIN)]
 WeightDecay = Annotated[float, _Option(help="Of weights only.", rich_help_panel=TRAIN)]
+Penalty = Annotated[
+    float, _Option(help="Weight of A2Q's and A2Q+'s penalty in the loss, their lambda.", rich_help_panel=TRAIN)
+]
 Warmup = Annotated[float, _Option(help="Share of the steps that warm up.", rich_help_panel=TRAIN)]
 ScaleLr = Annotated[float, _Option(help="Learning rate of quantizers relative to --lr.", rich_help_panel=TRAIN)]
 Distill = Annotated[float, _Option(help="Weight of the distance to the float network's output.", rich_help_panel=TRAIN)]
@@ -189,6 +192,7 @@ def train(
     momentum: Momentum = _D.momentum,
     batch_size: BatchSize = _D.batch_size,
     weight_decay: WeightDecay = _D.weight_decay,
+    penalty: Penalty = _D.penalty,
     warmup: Warmup = _D.warmup,
     scale_lr: ScaleLr = _D.scale_lr,
     distill: Distill = _D.distill,

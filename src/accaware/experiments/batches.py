@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -86,7 +87,15 @@ class TrainBatches:
         return normalize(pixels[mine], self.normalization), self.task.target(labels[mine])
 
     def stream(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of steps first, ..., last - 1."""
+        """The batches of steps first, ..., last - 1; a thread makes the next one while one is used."""
+        batches = self._made(first, last)
+        with ThreadPoolExecutor(1) as worker:
+            following = worker.submit(next, batches, None)
+            while (batch := following.result()) is not None:
+                following = worker.submit(next, batches, None)
+                yield batch
+
+    def _made(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         known, order = -1, torch.empty(0)
         for step in range(first, last):
             epoch = step // self.steps_per_epoch

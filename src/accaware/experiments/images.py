@@ -24,6 +24,7 @@ from accaware.files import write_whole
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
 CACHE_VERSION = 1
+_AHEAD = 1024  # images that may wait in memory to be written
 T = TypeVar("T")
 
 
@@ -165,8 +166,9 @@ def mapped(items: Sequence[T], size: int, read: Callable[[T], np.ndarray[Any, An
 
 def _fill(pixels: Any, items: Sequence[T], read: Callable[[T], np.ndarray[Any, Any]]) -> Any:
     with ThreadPoolExecutor() as pool:
-        for row, image in enumerate(pool.map(read, items)):
-            pixels[row] = image.transpose(2, 0, 1)
+        for first in range(0, len(items), _AHEAD):
+            for row, image in enumerate(pool.map(read, items[first : first + _AHEAD]), first):
+                pixels[row] = image.transpose(2, 0, 1)
     return pixels
 
 

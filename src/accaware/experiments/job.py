@@ -319,9 +319,14 @@ def _report(result: dict[str, Any], run: runs.RunFolder, task: Metric, console: 
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`: "auto" takes a GPU where there is one. Raises `ValueError` where it does not exist."""
+    """The device called `name`: "auto" takes a GPU where there is one, and each process of a host has one of its own.
+
+    Raises `ValueError` where it does not exist.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -21,7 +21,7 @@ FREE_ON_RESUME = {"device", "devices", "num_nodes", "checkpoint_every", "data_di
 FREE_ON_RESUME |= {CHECKPOINT_SHA256}
 TRAIN_ONLY = {
     *("quantize", "epochs", "lr", "schedule", "optimizer", "momentum", "batch_size", "weight_decay", "warmup"),
-    *("scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
+    *("penalty", "scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
 PTQ_ONLY = {"algorithm", "fixed_scale", "max_length"}
 ALGORITHMS = ("budgeted", "projection", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
@@ -77,6 +77,7 @@ class Settings:
     momentum: float = 0.9
     batch_size: int = 64
     weight_decay: float = 1e-5
+    penalty: float = 1e-3
     warmup: float = 0.05
     scale_lr: float = 1.0
     distill: float = 0.0
@@ -96,7 +97,7 @@ class Settings:
         _one_of("algorithm", self.algorithm, ALGORITHMS)
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("val_size", "weight_decay", "distill"):
+        for name in ("val_size", "weight_decay", "penalty", "distill"):
             _at_least(name, getattr(self, name), 0)
         if self.resize is not None:
             _at_least("resize", self.resize, self.image_size)

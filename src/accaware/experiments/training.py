@@ -128,7 +128,7 @@ class Network(LightningModule):
         x, target = batch
         output = self.model(x).float()
         score = self.task.score(output.detach(), target).mean()
-        penalty = aa.penalty(self.model)
+        penalty = aa.penalty(self.model, self.settings.penalty)
         loss = self.task.loss(output, target) + penalty
         if self._teacher[0] is not None:
             with torch.no_grad():
