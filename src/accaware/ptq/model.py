@@ -32,9 +32,7 @@ ALGORITHMS = ("budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
-_ROUNDING = (
-    1e-12  # of squares in float32: of inputs relative to those of their means, of outputs to those of their terms
-)
+_ROUNDING = 1e-12  # of squares in float32, relative to those of means of inputs, or of the terms of outputs
 _SWEEPS = 3
 _REST = 0.49  # of a unit: the nearest integers stay those that were chosen
 _ALL_PAIRS = 1 << 27  # pairs of moves in a layer, up to which the descent compares them all
