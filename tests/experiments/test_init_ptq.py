@@ -39,9 +39,9 @@ def test_training_starts_from_the_integers_of_ptq(options: list[str], ptq_option
 def test_a_resumed_run_is_not_initialised_again(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def counted(*args: Any) -> None:
+    def counted(*args: Any, **options: Any) -> None:
         calls.append(args)
-        reconstruct(*args)
+        reconstruct(*args, **options)
 
     def killed(self: KeepLast, *args: Any) -> None:
         keep(self, *args)
