@@ -16,7 +16,6 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +24,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from timing import alternate, report
-from torch import Tensor, nn
-from training_step import ours
+from torch import Tensor
+from training_step import ours, step
 
 import accaware as aa
 from accaware.experiments.batches import TrainBatches
 from accaware.experiments.images import NORMALIZATIONS, Images, decode, mapped
 from accaware.experiments.models import build
-from accaware.experiments.tasks import CLASSIFICATION, SUPER_RESOLUTION, Task
+from accaware.experiments.tasks import CLASSIFICATION, SUPER_RESOLUTION
 
 SPEC = aa.Spec(4, 4, 12)
 
@@ -40,21 +39,6 @@ SPEC = aa.Spec(4, 4, 12)
 def random_pixels(*shape: int) -> Tensor:
     """uint8."""
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def train(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """A function that makes one step on this batch."""
-    model = ours(model.to(batch[0].device), SPEC, batch[0]).train()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
-
-    def run() -> None:
-        optimizer.zero_grad()
-        task.loss(model(batch[0]), batch[1]).backward()
-        optimizer.step()
-        if batch[0].is_cuda:
-            torch.cuda.synchronize()
-
-    return run
 
 
 def main() -> None:
@@ -90,8 +74,10 @@ def main() -> None:
             data = images if model == "resnet50" else images.to(device)
             batches = TrainBatches(data, size, 0, NORMALIZATIONS["imagenet"], task=task, side=side, device=device)
             stream, steps = batches.stream(0, 10**9), itertools.count()
+            pixels, labels = next(stream)
+            network = ours(build(model, None if model == "espcn" else 1000).to(device), SPEC, pixels)
             candidates = {
-                "step": train(build(model, None if model == "espcn" else 1000), task, next(stream)),
+                "step": step(network, pixels, labels, None, task.loss),
                 "waiting for its batch": partial(next, stream),
                 "making a batch": lambda batches=batches, steps=steps: batches.batch(next(steps)),
             }

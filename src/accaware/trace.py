@@ -195,7 +195,7 @@ def batchnorm_after(model: nn.Module, layers: Mapping[str, QuantLayer], sample: 
     What is computed past torch's own functions (`torch.autograd.Function`, compiled code) is not seen.
     """
     norms = {n: m for n, m in model.named_modules() if type(m) in _BATCHNORMS and m.running_mean is not None}
-    if not norms:
+    if not norms or not layers:
         return {}
     readers = _Readers()
     found: list[_Output] = []
