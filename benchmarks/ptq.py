@@ -25,13 +25,14 @@ from torch import Tensor
 
 from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat
-from accaware.ptq.axe import Axe, at_best_scale
+from accaware.ptq.axe import Axe
 from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
 from accaware.ptq.model import budgeted
 from accaware.ptq.relaxed import Relaxation, first_scale
 from accaware.ptq.rounding import Nearest
+from accaware.ptq.scales import at_best_scale
 from accaware.quantizers.weight import scale_ratios
 
 

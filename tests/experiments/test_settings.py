@@ -68,7 +68,7 @@ def test_the_lists_of_names_are_names() -> None:
         ({"normalize": "no"}, "normalize must be one of imagenet, cifar10, none, not 'no'"),
         (
             {"algorithm": "no"},
-            "algorithm must be one of budgeted, projection, axe-gptq, axe-gpfq, gptq, gpfq, not 'no'",
+            "algorithm must be one of budgeted, axe-gptq, axe-gpfq, gptq, gpfq, projection, not 'no'",
         ),
         ({"epochs": 0.0}, "epochs must be a positive number, not 0.0"),
         ({"lr": float("nan")}, "lr must be a positive number, not nan"),

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat
 from accaware.projections import holds, project_integers
-from accaware.ptq import axe
-from accaware.ptq.axe import Axe, at_best_scale
+from accaware.ptq import scales
+from accaware.ptq.axe import Axe
 from accaware.ptq.descent import Problem, output_error
 from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
 from accaware.ptq.rounding import Exact, Nearest
+from accaware.ptq.scales import at_best_scale
 
 LOOSE = Accumulator(40)
 
@@ -196,7 +197,7 @@ def test_the_scale_of_least_error_is_taken(monkeypatch):
     each = torch.stack([output_error(gptq(w, base * r, problem, Axe), base * r, problem) for r in ratios])
     assert len(each.argmin(0).unique()) > 1
     for at_once in (1 << 24, 2 * w.numel()):
-        monkeypatch.setattr(axe, "_ELEMENTS", at_once)
+        monkeypatch.setattr(scales, "_ELEMENTS", at_once)
         q, scale = at_best_scale(partial(gptq, kind=Axe), w, problem, ratios)
         torch.testing.assert_close(scale, base * ratios[each.argmin(0)].unsqueeze(1))
         torch.testing.assert_close(output_error(q, scale, problem), each.amin(0))

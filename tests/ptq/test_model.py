@@ -362,6 +362,21 @@ def test_nothing_is_rewritten_before_it_is_refused():
             aa.reconstruct(unfit, reference, x)
 
 
+def test_a_weight_that_two_modules_hold_is_refused():
+    reference = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    reference[2].weight = reference[0].weight
+    model, data = copy.deepcopy(reference), [torch.randn(32, 6)]
+    aa.prepare_(model, aa.Spec(4, 4, 10), data[0])
+    aa.calibrate(model, data)
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"^0: another module holds the same weight, which reconstruct writes; give"):
+        aa.reconstruct(model, reference, data)
+    assert model[0].weight is model[2].weight
+    assert torch.equal(model[0].weight, before)
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    aa.reconstruct(model, reference, data)
+
+
 def test_what_cannot_be_reconstructed_is_refused():
     model, reference = prepared()
     with pytest.raises(ValueError, match="reconstruct needs at least one batch"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from accaware.formats import ActScale, Method, Overflow, Preload, Spec, _one_of
+from accaware.ptq import ALGORITHMS
 
 Init = Literal["search", "ep", "none", "ptq"]
 
@@ -24,7 +25,6 @@ TRAIN_ONLY = {
     *("penalty", "scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
 PTQ_ONLY = {"algorithm", "fixed_scale", "max_length"}
-ALGORITHMS = ("budgeted", "projection", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 TEXT = ("sts", "text")
 
 
@@ -94,7 +94,7 @@ class Settings:
         _one_of("normalize", self.normalize, ("imagenet", "cifar10", "none"))
         _one_of("optimizer", self.optimizer, ("sgd", "adam"))
         _one_of("init", self.init, get_args(Init))
-        _one_of("algorithm", self.algorithm, ALGORITHMS)
+        _one_of("algorithm", self.algorithm, (*ALGORITHMS, "projection"))
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("val_size", "weight_decay", "penalty", "distill"):

@@ -15,20 +15,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from accaware.inputs import call, feeds
 from accaware.layers import LAYERS, QuantLayer
 from accaware.prepare import quant_layers
-from accaware.ptq.axe import Axe, at_best_scale
+from accaware.ptq import ALGORITHMS
+from accaware.ptq.axe import Axe
 from accaware.ptq.descent import Problem, descend
 from accaware.ptq.gpfq import gpfq
 from accaware.ptq.gptq import gptq
 from accaware.ptq.moments import Moments
 from accaware.ptq.relaxed import start, sweep
 from accaware.ptq.rounding import Nearest
+from accaware.ptq.scales import at_best_scale
 from accaware.quantizers.projected import BaselineQuantizer
 from accaware.quantizers.weight import scale_ratios
 from accaware.trace import batchnorm_after, evaluating
 
-__all__ = ["ALGORITHMS", "budgeted", "reconstruct"]
+__all__ = ["budgeted", "reconstruct"]
 
-ALGORITHMS = ("budgeted", "axe-gptq", "axe-gpfq", "gptq", "gpfq")
 _TAP_BY_TAP = {"gptq": gptq, "gpfq": gpfq}
 
 _DAMPING = 0.01  # of the Gram matrix, relative to its mean diagonal, as in GPTQ
@@ -63,7 +64,8 @@ def reconstruct(
     "gptq" and "gpfq", which know no accumulator and need method "baseline". fixed_scale: these other algorithms keep
     the scales that `calibrate` chose, as published, instead of the best of about a hundred by the outputs. Raises
     `ValueError` for another algorithm, a fixed scale with "budgeted", a model that is not prepared or not calibrated,
-    another method, one scale for all channels, layers that the reference lacks, no data, and an iterator.
+    another method, one scale for all channels, layers that the reference lacks, a weight that two modules share, no
+    data, and an iterator.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
@@ -75,7 +77,10 @@ def reconstruct(
     if not layers:
         raise ValueError("reconstruct needs a prepared model with layers inside the request")
     floats = dict(reference.named_modules())
+    holders = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, layer in layers.items():
+        if holders[layer.weight] > 1:
+            raise ValueError(f"{name}: another module holds the same weight, which reconstruct writes; give it a copy")
         _refuse_unfit(name, layer, floats.get(name), algorithm)
     with evaluating(model), evaluating(reference):
         first = next(feeds(batches, next(model.parameters()).device), None)
