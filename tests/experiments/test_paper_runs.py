@@ -109,6 +109,7 @@ def test_the_recipe_of_imagenet_starts_trains_and_certifies(tmp_path: Path, monk
         *(f"paper/cifar10-{model}{kind}" for model in ("resnet18", "mobilenetv1") for kind in ("", "-float")),
         *("paper/imagenet-resnet18", "paper/imagenet-resnet34", "paper/bsds300-espcn", "paper/bsds300-unet"),
         *("quick/cifar10-resnet18", "quick/cifar10-resnet20", "quick/cifar10-mobilenetv1"),
+        *("quick/bsds300-espcn-float", "quick/bsds300-unet-float"),
     ],
 )
 def test_a_recipe_starts_trains_and_certifies(name: str, cifar: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -124,6 +125,7 @@ def test_a_recipe_starts_trains_and_certifies(name: str, cifar: Path, tmp_path: 
         words += ["--image-size", "48", "--resize", "56", "--lr", "1e-7"]  # a network that was never trained explodes
     else:
         words += ["--data-dir", str(bsds_folder(tmp_path / "data")), "--image-size", "12", "--epochs", "2"]
+        words += ["--val-size", "1"] if recipe.get("val_size") else []
     if recipe.get("quantize", True):
         words += ["--method", "a2q+"]
         if recipe["data"] != "bsds300":

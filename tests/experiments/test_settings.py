@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_values_take_the_type_of_their_setting() -> None:
     assert settings == Settings(lr=1e-3, epochs=3.0, acc_bits=("12",), keep=("a=8",))
 
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def test_the_recipes_are_there() -> None:
@@ -123,6 +125,24 @@ def test_the_recipes_are_there() -> None:
     paper = ["cifar10-resnet18", "cifar10-mobilenetv1", "bsds300-espcn", "bsds300-unet"]
     paper += [f"imagenet-resnet{depth}" for depth in (18, 34, 50)]
     assert names >= {f"paper/{name}" for name in paper} | {f"quick/{name}" for name in [*paper[:4], "cifar10-resnet20"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("bsds300-espcn", "bsds300-espcn"),
+        ("bsds300-unet", "bsds300-unet"),
+        ("cifar10-mobilenetv1", "cifar10-mobilenetv1-w4a4"),
+        ("cifar10-resnet20", "cifar10-resnet20-init-ptq"),
+    ],
+)
+def test_a_quick_recipe_is_that_of_the_results(name: str, rows: str) -> None:
+    """Rates are of one method and width; with those rows it has the same."""
+    recipe = read_recipe(ROOT / "recipes" / "quick" / f"{name}.yaml")
+    found = [row["config"] for row in json.loads((ROOT / "results" / f"{rows}.json").read_text())]
+    rate = recipe.pop("lr")
+    assert all(row[key] == value for row in found for key, value in recipe.items())
+    assert rate in {row["lr"] for row in found if row["method"] == "projected"}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}-{file.stem}")
