@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "feeds"]
+__all__ = ["call", "feeds", "operand"]
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -16,6 +16,13 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def operand(layer: str, args: tuple[Any, ...]) -> Tensor:
+    """What `layer`, its name, was called with. Raises `ValueError` where its input came by keyword."""
+    if not args:
+        raise ValueError(f"{layer}: called with its input by keyword; a layer takes it by position, as in {layer}(x)")
+    return cast(Tensor, args[0])
 
 
 def feeds(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from accaware.formats import Spec
-from accaware.inputs import call, feeds
+from accaware.inputs import call, feeds, operand
 from accaware.layers import LAYERS, QuantIdentity, QuantLayer, kept_spec
 from accaware.quantizers import ActivationQuantizer
 from accaware.trace import Trace, evaluating, trace
@@ -172,7 +172,8 @@ class _Power:
         self.count = 0
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = cast(QuantLayer, layer).rotated(args[0].detach())
+        quantized = cast(QuantLayer, layer)
+        x = quantized.rotated(operand(quantized.name, args).detach())
         x = x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.movedim(1, -1).reshape(-1, x.shape[1])
         self.total = self.total + x.double().square().sum(0)
         self.count += len(x)

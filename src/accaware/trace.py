@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -14,30 +15,33 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from accaware.inputs import call
+from accaware.inputs import call, operand
 from accaware.layers import QuantIdentity, QuantLayer
 
-__all__ = ["Other", "Trace", "batchnorm_after", "evaluating", "trace"]
+__all__ = ["ADDS", "PRODUCTS", "Other", "Trace", "batchnorm_after", "evaluating", "trace"]
 
-_PRODUCTS = {"linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "bmm", "mm", "einsum", "addmm", "baddbmm"}
-_PRODUCTS |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "bilinear"}
-_PRODUCTS |= {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-_PRODUCTS |= {
-    "multi_head_attention_forward",
-    "_native_multi_head_attention",
-    "mv",
-    "dot",
-    "inner",
-    "tensordot",
-    "addmv",
-    "addbmm",
-}
-_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+#: Torch functions that accumulate, by name without underscores at its ends (`add_`, `__radd__`). Sums of products:
+PRODUCTS = {"linear", "bilinear", "conv1d", "conv2d", "conv3d", "convolution", "conv_tbc", "einsum", "tensordot"}
+PRODUCTS |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention"}
+PRODUCTS |= {"matmul", "rmatmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "dot", "vdot", "inner"}
+PRODUCTS |= {"linalg_matmul", "linalg_multi_dot", "linalg_vecdot", "linalg_matrix_power", "linalg_cross", "sparse_mm"}
+PRODUCTS |= {"chain_matmul", "matrix_power", "cross", "cov", "corrcoef", "cosine_similarity", "cdist", "pdist"}
+PRODUCTS |= {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+PRODUCTS |= {"multi_head_attention_forward", "native_multi_head_attention"}
+#: Sums of values, in numbers that are not told.
+_UNTOLD = {"layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"}
+_UNTOLD |= {"norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm", "dist", "pairwise_distance"}
+_UNTOLD |= {"softmax", "log_softmax", "softmin", "gumbel_softmax", "logsumexp", "logcumsumexp", "var", "std"}
+_UNTOLD |= {"var_mean", "std_mean", "trace", "trapezoid", "trapz", "fold", "grid_sample", "embedding_bag"}
+_UNTOLD |= {"index_add", "index_reduce", "scatter_add", "scatter_reduce", "segment_reduce"}
+_UNTOLD |= {f"{kind}_pool{dims}d" for kind in ("avg", "lp") for dims in (1, 2, 3)} | {"stft", "istft"}
+_UNTOLD |= {f"fft_{kind}{dims}" for kind in ("fft", "ifft", "rfft", "irfft") for dims in ("", 2, "n")}
+_ADAPTIVE = {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+_SUMS = {"mean", "sum", "nanmean", "nansum"}
+#: Sums of two values.
+ADDS = {"add", "iadd", "radd", "sub", "isub", "rsub", "addcmul", "addcdiv", "addr", "lerp"}
 #: Not those that derive from them: they may do more.
 _BATCHNORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
-_SUMS = {"mean", "sum", "cumsum"}
-_NORMS = {"layer_norm", "group_norm", "instance_norm", "rms_norm", "softmax"}
-_ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__"}
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,16 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        kind = getattr(func, "__name__", "")
         if not self.inside:
             self.inside += 1  # what reading the sizes of tensors calls is not the model's
-            terms = self._terms(kind, args, out)
-            source = next((self.streams[id(a)] for a in args if id(a) in self.streams), None)
-            kind = kind.strip("_")
+            kind = getattr(func, "__name__", "").strip("_")
+            named = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            inputs = [leaf for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)]
+            source = next((self.streams[id(x)] for x in inputs if id(x) in self.streams), None)
             if products := list(_of_activations(kind, args)):
                 for kind, count, signed in products:
                     self.result.others.append(Other(self._name(kind), kind, count, source, signed))
-            elif terms is not False:
+            elif (terms := _terms(kind, inputs, (*args[1:], *named.values()), out)) is not False:
                 self.result.others.append(Other(self._name(kind), kind, terms, source))
             self.inside -= 1
         return out
@@ -99,22 +103,11 @@ class _Watch(TorchFunctionMode):
         self.names[name] = self.names.get(name, 0) + 1
         return name if self.names[name] == 1 else f"{name}_{self.names[name]}"
 
-    def _terms(self, kind: str, args: tuple[Any, ...], out: Any) -> int | bool | None:
-        if kind in _PRODUCTS or kind in _NORMS:
-            return None
-        if not (isinstance(out, Tensor) and args and isinstance(args[0], Tensor)):
-            return False
-        if kind in _POOLS or kind in _SUMS:
-            return args[0].numel() // max(1, out.numel()) if "adaptive" in kind or kind in _SUMS else None
-        if kind in _ADDS and len(args) > 1 and isinstance(args[1], Tensor) and out.is_floating_point():
-            return 2 if out.dim() > 1 else False
-        return False
-
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.path.append(name)
         if name in self.targets:
+            x = operand(name, args)
             self.inside += 1
-            x = args[0]
             self.alive.append(x)
             self.calls[name] = self.calls.get(name, 0) + 1
             source = self.streams.get(id(x)) or self.origin.setdefault(id(x), name)
@@ -130,9 +123,33 @@ class _Watch(TorchFunctionMode):
                 self.streams[id(out)] = self.result.sources[name]
 
 
+def _terms(kind: str, inputs: list[Tensor], options: tuple[Any, ...], out: Any) -> int | bool | None:
+    """The most values that one output adds up; None where that is not known, False where the function adds nothing."""
+    if kind in PRODUCTS or kind in _UNTOLD:
+        return None
+    if kind == "interpolate":  # its only string is the mode, "nearest" where there is none
+        return None if any(isinstance(o, str) and not o.startswith("nearest") for o in options) else False
+    if not (isinstance(out, Tensor) and inputs):
+        return False
+    x = inputs[0]
+    if kind in ADDS:
+        return 2 if len(inputs) > 1 and out.is_floating_point() and out.dim() > 1 else False
+    if kind in _ADAPTIVE:
+        sizes = list(zip(x.shape, out.shape, strict=True))[-int(kind[-2]) :]
+        return prod(map(_widest, *zip(*sizes, strict=True)))
+    if kind == "cumsum":
+        return next((x.shape[dim] for dim in options if isinstance(dim, int)), None) if x.dim() else 1
+    return x.numel() // max(1, out.numel()) if kind in _SUMS else False
+
+
+def _widest(size: int, bins: int) -> int:
+    """The most of `size` values that adaptive pooling averages for one of `bins` outputs."""
+    return max((-(-(i + 1) * size // bins) - i * size // bins for i in range(bins)), default=0)
+
+
 def _of_activations(kind: str, args: tuple[Any, ...]) -> Iterator[tuple[str, int, tuple[bool, bool]]]:
     """The products of two activations in one operation: kind, how many one output sums, whether each has a sign."""
-    if kind not in ("scaled_dot_product_attention", "matmul", "bmm", "mm"):
+    if kind not in ("scaled_dot_product_attention", "matmul", "linalg_matmul", "bmm", "mm"):
         return
     signs = [bool((a < 0).any()) for a in args[:3] if isinstance(a, Tensor) and not a.is_complex()]
     if kind == "scaled_dot_product_attention" and len(signs) == 3:
