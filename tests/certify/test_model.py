@@ -182,6 +182,94 @@ def test_a_sum_of_codes_tells_its_width():
     assert pool.note == "sum of 64 codes"
 
 
+class Derived(nn.Linear):
+    """More than a linear layer, for all that anybody knows."""
+
+
+def listed(model):
+    return {op.name: op.kind for op in aa.certify(model).operations if op.verdict == "outside"}
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "kind", "function"),
+    [
+        (lambda: Derived(8, 8), "Derived", "linear"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "ParametrizedLinear", "linear"),
+        (lambda: nn.LSTM(8, 8), "LSTM", "lstm"),
+        (lambda: nn.GRUCell(8, 8), "GRUCell", "gru_cell"),
+    ],
+)
+def test_layers_that_are_not_converted_are_listed_once(sampled, layer, kind, function):
+    x = torch.randn(16, 8)
+    model = nn.Sequential(nn.Linear(8, 8), layer())
+    aa.prepare_(model, Spec(), sample=x if sampled else None)
+    aa.calibrate(model, [x])
+    found = {name: kind for name, kind in listed(model).items() if name.startswith("1")}
+    assert found == ({f"1.{function}": function} if sampled else {"1": kind})
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_attention_in_floats_is_listed_once(sampled):
+    x = torch.randn(4, 5, 8)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    aa.prepare_(model, Spec(), sample=x if sampled else None)
+    aa.calibrate(model, [x])
+    found = [name for name in listed(model) if "self_attn" in name]
+    assert found == ["self_attn.multi_head_attention_forward" if sampled else "self_attn"]
+
+
+def test_a_module_put_in_after_prepare_is_listed():
+    x = torch.randn(16, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    aa.prepare_(model, Spec(), sample=x)
+    aa.calibrate(model, [x])
+    model[1] = nn.LSTM(8, 8)
+    assert listed(model) == {"1": "LSTM"}
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.a(x)
+        return (y @ y.T).mean(1, keepdim=True)
+
+
+def test_a_wrapped_model_has_the_certificate_of_the_model():
+    x = torch.randn(16, 8)
+    model = aa.prepare_(Product(), Spec(), sample=x)
+    aa.calibrate(model, [x])
+    assert aa.certify(nn.DataParallel(model)) == aa.certify(model)
+    assert set(listed(model)) == {"matmul", "mean"}
+
+
+def test_parts_that_were_prepared_have_their_place_in_the_names():
+    x = torch.randn(16, 8)
+    model = nn.ModuleDict({"one": Product(), "two": nn.Sequential(Product()), "head": nn.Linear(1, 2)})
+    aa.prepare_(model["one"], Spec(), sample=x)
+    aa.prepare_(model["two"], Spec(acc_bits=12), sample=x)
+    for part in ("one", "two"):
+        aa.calibrate(model[part], [x])
+    certificate = aa.certify(model)
+    names = ["one.a", "two.0.a", "head", "one.matmul", "one.mean", "two.0.matmul", "two.0.mean"]
+    assert [op.name for op in certificate.operations] == names
+    assert [op.name for op in aa.certify(model["two"]).operations] == ["0.a", "0.matmul", "0.mean"]
+
+
+def test_a_stream_of_a_part_tells_the_width_of_its_sums():
+    x = torch.rand(16, 8)
+    part = nn.Sequential(nn.Linear(8, 8), QuantIdentity(), nn.AdaptiveAvgPool1d(3), nn.Linear(3, 2))
+    model = nn.ModuleDict({"part": part, "more": nn.ReLU()})
+    aa.prepare_(part, Spec(), sample=x)
+    aa.calibrate(part, [x])
+    (pool,) = (op for op in aa.certify(model).operations if "pool" in op.kind)
+    assert pool.name == "part.2.adaptive_avg_pool1d"
+    assert pool.note == "sum of 4 codes"  # of 8 in 3 windows: 3, 4 and 3
+
+
 def test_fingerprints_tell_everything_that_is_proven_apart():
     def fingerprint(**changes):
         torch.manual_seed(0)
