@@ -121,6 +121,77 @@ def test_what_would_change_the_function_is_no_pair(kind):
     assert torch.equal(model(X), wanted)
 
 
+def hidden(*between, first=None):
+    """Linear layers whose middle one has much larger weights, so that equalizing would change all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(first or nn.Linear(8, 8), *between, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[-3].weight.data *= 10
+    return model
+
+
+def tied():
+    model = hidden(nn.ReLU())
+    model[4].weight = model[0].weight
+    return model
+
+
+def tied_norm():
+    model = hidden(nn.BatchNorm1d(8), nn.ReLU())
+    model.append(nn.BatchNorm1d(8))
+    model[-1].weight = model[1].weight
+    return model
+
+
+def hooked(index):
+    model = hidden(nn.ReLU())
+    model[index].register_forward_hook(lambda module, args, out: out + 1)
+    return model
+
+
+def hooked_before():
+    model = hidden(nn.ReLU())
+    model[2].register_forward_pre_hook(lambda module, args: args[0] + 1)
+    return model
+
+
+class Again(nn.Sequential):
+    def forward(self, x):
+        return F.linear(super().forward(x), self[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "pairs"),
+    [
+        (lambda: hidden(nn.ReLU(), first=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), 1),
+        (lambda: hidden(nn.ReLU(), first=nn.utils.weight_norm(nn.Linear(8, 8))), 1),
+        (tied, 0),
+        (tied_norm, 1),
+        (lambda: Again(*hidden(nn.ReLU())), 1),
+        (lambda: hooked(0), 1),
+        (lambda: hooked(1), 1),
+        (hooked_before, 0),
+    ],
+    ids=["parametrized", "computed by a hook", "tied", "tied norm", "read again", "hook", "hook of ReLU", "pre-hook"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_what_is_read_or_computed_elsewhere_is_left_alone(make, pairs):
+    """Of its two pairs, those that would change the function."""
+    model, x = make().eval(), torch.randn(16, 8, generator=torch.Generator().manual_seed(5))
+    wanted = model(x)
+    assert aa.equalize(model) == pairs
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pool", "pairs"), [(nn.AvgPool2d(2), 1), (nn.AvgPool3d(2), 0), (nn.AdaptiveAvgPool3d(4), 0)])
+def test_pools_over_channels_make_no_pair(pool, pairs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool, nn.Conv2d(8 if pairs else 4, 2, 1))
+    model[0].weight.data *= torch.logspace(-2, 2, 8).view(-1, 1, 1, 1)
+    wanted = model(X)
+    assert aa.equalize(model) == pairs
+    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_residual_network_keeps_its_function():
     from accaware.experiments.models import build
 

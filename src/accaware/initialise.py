@@ -7,8 +7,10 @@ In the order of A2Q+ (arXiv 2401.10432, section 5): `equalize` the float model, 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -28,11 +30,15 @@ _SWEEPS = 20
 #: f(s x) = s f(x) for s > 0, value by value.
 _ELEMENTWISE: set[Any] = {nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, QuantIdentity}
 _ELEMENTWISE |= {F.relu, torch.relu, F.leaky_relu, F.dropout, "relu", "relu_", "contiguous"}
-#: The same, channel by channel, of what a convolution gives.
-_POOLS: set[Any] = {nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample}
-_POOLS |= {nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
-_POOLS |= {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.interpolate}
-_POOLS |= {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+_MODULES = ("MaxPool{}d", "AvgPool{}d", "AdaptiveAvgPool{}d", "Dropout{}d")
+_FUNCTIONS = ("max_pool{}d", "avg_pool{}d", "adaptive_avg_pool{}d")
+#: The same, channel by channel, of what a convolution of so many dimensions gives: others would pool over channels too.
+_POOLS: dict[int, set[Any]] = {
+    dims: {nn.Upsample, F.interpolate}
+    | {getattr(nn, name.format(dims)) for name in _MODULES}
+    | {getattr(F, name.format(dims)) for name in _FUNCTIONS}
+    for dims in (1, 2, 3)
+}
 
 Layer = nn.Linear | _ConvNd
 
@@ -54,7 +60,8 @@ def equalize(model: nn.Module) -> int:
     the first is divided by s_i and the inputs of the second that read it are multiplied by s_i, so that the largest
     weights of both agree: s_i = sqrt(r1_i / r2_i) for ranges r1, r2 (of the weights with batch-norm folded in).
     Where there is a batch-norm its weight and bias are divided, not the layer. Depthwise layers take part too. A
-    batch-norm after a linear layer is taken to be over its features, which needs two-dimensional outputs.
+    batch-norm after a linear layer is taken to be over its features, which needs two-dimensional outputs. Left alone is
+    what has forward hooks, computed weights (weight_norm, pruning), or parameters that anything else reads or holds.
 
     model: float, or prepared and not yet calibrated. Returns the number of pairs. Raises `ValueError` where the model
     cannot be traced (`torch.fx`) or is calibrated already.
@@ -124,17 +131,20 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
 
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
     modules, graph = dict(model.named_modules(remove_duplicate=False)), _graph(model)
+    held = _held(model, graph)
     called = [id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module"]
     for start in graph.nodes:
         first = modules.get(str(start.target)) if start.op == "call_module" else None
-        if not isinstance(first, Layer) or called.count(id(first)) > 1:
+        if not isinstance(first, Layer) or called.count(id(first)) > 1 or not _alone(first, held):
             continue
-        allowed = _ELEMENTWISE if isinstance(first, nn.Linear) else _ELEMENTWISE | _POOLS
+        allowed = _ELEMENTWISE if isinstance(first, nn.Linear) else _ELEMENTWISE | _POOLS[first.weight.dim() - 2]
         norm, node, moved = None, start, False
         while len(node.users) == 1:
             node = next(iter(node.users))
             module = modules.get(str(node.target)) if node.op == "call_module" else None
             if module is not None and called.count(id(module)) > 1 and not _stateless(module):
+                break
+            if module is not None and not _alone(module, held):
                 break
             if isinstance(module, _BatchNorm) and norm is None and not moved and _adjustable(module, first):
                 norm = module
@@ -146,6 +156,21 @@ def _pairs(model: nn.Module) -> Iterator[_Pair]:
                 moved = True
             else:
                 break
+
+
+def _held(model: nn.Module, graph: fx.Graph) -> Counter[int]:
+    """How many modules hold, and how many nodes read by itself, the parameter of an id."""
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    held.update(id(attrgetter(str(node.target))(model)) for node in graph.nodes if node.op == "get_attr")
+    return held
+
+
+def _alone(module: nn.Module, held: Counter[int]) -> bool:
+    """Whether the module alone holds and reads its parameters, none is computed, and no hook sees what it computes."""
+    parameters = module._parameters
+    computed = any(name not in parameters and hasattr(module, name) for name in ("weight", "bias"))
+    shared = any(p is not None and held[id(p)] > 1 for p in parameters.values())
+    return not (computed or shared or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _stateless(module: nn.Module) -> bool:
