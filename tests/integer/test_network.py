@@ -139,3 +139,66 @@ def test_a_gpu_computes_the_same_sums() -> None:
 def test_a_model_that_is_not_prepared_is_refused() -> None:
     with pytest.raises(ValueError, match="no quantized layer"):
         integer_network(nn.Linear(2, 2))
+
+
+def hooked(index, **options):
+    """A network whose batch-norm would be folded, with a hook that changes what module `index` gives."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)), torch.randn(32, 6)
+    model(x)
+    aa.prepare_(model, aa.Spec(8, 8, 20), sample=x)
+    model[index].register_forward_hook(lambda module, args, out: out + 1)
+    aa.calibrate(model, [x])
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_forward_hooks_are_taken_along(index) -> None:
+    model, x = hooked(index)
+    network = integer_network(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), model(x), rtol=1e-3, atol=2e-2)
+    assert isinstance(network[1], nn.BatchNorm1d if index < 2 else nn.Identity)
+
+
+def test_hooks_before_a_layer_and_of_a_stream_are_taken_along() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), aa.QuantIdentity(), nn.Linear(6, 4)), torch.randn(32, 6)
+    aa.prepare_(model, aa.Spec(8, 8, 20), sample=x)
+    model[0].register_forward_pre_hook(lambda module, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True)
+    model[1].register_forward_hook(lambda module, args, kwargs, out: -out, with_kwargs=True)
+    aa.calibrate(model, [x])
+    network = integer_network(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), model(x), rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("act_scale", ["tensor", "token"])
+def test_nan_stays_nan(act_scale) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(8, 6)
+    aa.prepare_(model, aa.Spec(act_scale=act_scale), sample=x)
+    aa.calibrate(model, [x])
+    network = integer_network(model, x)
+    x[1, 0], x[2, 0], x[3, 0] = float("nan"), float("inf"), -float("inf")
+    with torch.no_grad():
+        ours, theirs = network(x), model(x)
+    assert theirs[1].isnan().all()
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+class ReadTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return nn.functional.linear(self.b(self.a(x)), self.a.weight)
+
+
+def test_weights_that_the_model_reads_by_itself_are_named() -> None:
+    x = torch.randn(8, 6)
+    model = aa.prepare_(ReadTwice(), aa.Spec(), sample=x)
+    aa.calibrate(model, [x])
+    with pytest.raises(ValueError, match=r"^a: its float weight is read outside of the layer"):
+        integer_network(model, x)(x)

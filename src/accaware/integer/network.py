@@ -38,7 +38,8 @@ def integer_network(model: nn.Module, sample: Any = None) -> nn.Module:
 
     sample: an input of the model (the tuple of its arguments, or the mapping of its keyword arguments). One run over it
     finds the batch-norms that alone read a layer's output; they become part of its rescale (never of its weights).
-    Without it they stay as they are.
+    Without it they stay as they are. Forward hooks are taken along; a batch-norm stays by itself where it or the layer
+    has one.
 
     Raises `ValueError` for a model that is not prepared or not calibrated or is itself one layer, and for a layer whose
     sums need more than 32 bits.
@@ -49,6 +50,7 @@ def integer_network(model: nn.Module, sample: Any = None) -> nn.Module:
     if isinstance(model, QuantLayer):
         raise ValueError("an integer network is of modules: put the layer into nn.Sequential before prepare_")
     norms = {} if sample is None else batchnorm_after(model, layers, sample)
+    norms = {name: norm for name, norm in norms.items() if not _hooks(layers[name], model.get_submodule(norm))}
     integer: dict[nn.Module, nn.Module] = {model.get_submodule(name): nn.Identity() for name in norms.values()}
     integer |= {layer: IntegerOp(layer, _norm(model, norms.get(name))) for name, layer in layers.items()}
     for name, module in model.named_modules():
@@ -57,8 +59,15 @@ def integer_network(model: nn.Module, sample: Any = None) -> nn.Module:
     network = copy.deepcopy(model).eval()
     for name, module in model.named_modules(remove_duplicate=False):  # a module may have several names
         if module in integer:
+            vars(integer[module]).update(_hooks(network.get_submodule(name)))
             network.set_submodule(name, integer[module])
     return network
+
+
+def _hooks(*modules: nn.Module) -> dict[str, Any]:
+    """The attributes that hold forward hooks of the modules, those that are not empty."""
+    held = ((name, value) for module in modules for name, value in vars(module).items())
+    return {name: value for name, value in held if name.startswith(("_forward_hooks", "_forward_pre_hooks")) and value}
 
 
 def _norm(model: nn.Module, name: str | None) -> _BatchNorm | None:
@@ -119,6 +128,8 @@ class IntegerOp(_Codes):
     q: int8, in the shape of the float layer's weight. sums: int32. rescale and shift: float32 [C], one for each output
     channel: both scales, bias and batch-norm, multiplied in float64. layer: the record that proofs read; a start value
     of the register is found there alone, since it is subtracted from the sums again.
+
+    NaN stays NaN, as in the prepared model; integers have none.
 
     The sums are exact on every device. They are computed in float32 where none can pass 2^24 and the machine's
     convolution was seen to be exact (once for each shape), in float64 elsewhere. A program of `torch.export` computes
@@ -185,7 +196,7 @@ class IntegerOp(_Codes):
 
     def _rescaled(self, x: Tensor, shift: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            total = self.sums(self.codes(x)).float()
+            total = self._sums(self.codes(x)).float()
             y = total * self._along(self.rescale) + self._along(shift)
         if not torch.onnx.is_in_onnx_export():
             return y
@@ -194,12 +205,12 @@ class IntegerOp(_Codes):
         return self.symbol("Layer", inputs, attributes, y)
 
     def sums(self, codes: Tensor) -> Tensor:
-        """Codes, held as floats, to the exact sums of their products with q, int32."""
-        return (
-            self._operate(codes, torch.float32 if self._narrow and self._trusted(codes) else torch.float64)
-            .round()
-            .int()
-        )
+        """Codes, held as floats, to the exact sums of their products with q, int32. Codes must be numbers, not NaN."""
+        return self._sums(codes).int()
+
+    def _sums(self, codes: Tensor) -> Tensor:
+        """The sums as floats."""
+        return self._operate(codes, torch.float32 if self._narrow and self._trusted(codes) else torch.float64).round()
 
     def _operate(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         codes, q = codes.to(dtype), self.q.to(dtype)
@@ -217,6 +228,14 @@ class IntegerOp(_Codes):
             ours, exact = (self._operate(extremes, dtype) for dtype in (torch.float32, torch.float64))
             self._exact[codes.shape] = torch.equal(ours.double(), exact)
         return self._exact[codes.shape]
+
+    @property
+    def weight(self) -> Tensor:
+        """Raises `ValueError`: what reads the float weight of a layer has no integers."""
+        raise ValueError(
+            f"{self.layer.name}: its float weight is read outside of the layer, and integer networks have none; "
+            "let the layer alone read it"
+        )
 
     def _along(self, values: Tensor) -> Tensor:
         return values.reshape(-1, *(1,) * (self.q.dim() - 2))
