@@ -202,6 +202,26 @@ def test_wrapping_changes_only_layers_of_the_request_and_ends_with_the_block():
         assert torch.equal(model(x), before)
 
 
+def test_wrapping_may_be_nested():
+    torch.manual_seed(0)
+    x = torch.rand(8, 10)
+    model = prepared(nn.Linear(10, 4), x, method="baseline", acc_bits=8)
+    with torch.no_grad(), aa.wrapping(model, 5):
+        before = model(x)
+        with aa.wrapping(model, 3):
+            assert not torch.allclose(model(x), before)
+        assert torch.equal(model(x), before)
+    assert model[0].wrap_bits is None
+
+
+@pytest.mark.parametrize("bits", [0, -3, 1, 33])
+def test_wrapping_in_no_register_is_refused(bits):
+    model = prepared(nn.Linear(10, 4), torch.rand(4, 10))
+    with pytest.raises(ValueError, match=rf"^acc_bits must lie in .*, not {bits}$"), aa.wrapping(model, bits):
+        pass
+    assert model[0].wrap_bits is None
+
+
 @pytest.mark.parametrize("preload", ["none", "free"])
 @pytest.mark.parametrize("bits", [5, 7])
 @pytest.mark.parametrize("case", [(4, 2, 0, 1), (3, 2, 1, 1), (2, 3, 0, 1), (5, 3, 2, 2)], ids=str)

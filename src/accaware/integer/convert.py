@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 from torch import nn
 
+from accaware.formats import Spec
 from accaware.integer.layer import IntegerLayer
 from accaware.layers import QuantLayer, codes_of
 from accaware.prepare import quant_layers
@@ -57,12 +58,15 @@ def wrapping(model: nn.Module, bits: int | None = None) -> Iterator[None]:
     """Within the block, the sums of every layer of the request wrap around in its own accumulator, or in one of `bits`.
 
     Exact integer arithmetic in float64, for measuring what overflow does to accuracy; use it under `torch.no_grad()`.
+    Sums wrap around whatever `overflow` was asked for: `accaware.integer.emulate` saturates too. Blocks may be nested;
+    the inner one counts. Raises `ValueError` for `bits` that no request may have.
     """
-    layers = [layer for layer in quant_layers(model).values() if layer.inside]
-    for layer in layers:
-        layer.wrap_bits = layer.spec.acc_bits if bits is None else bits
+    width = None if bits is None else Spec(acc_bits=bits).acc_bits
+    before = {layer: layer.wrap_bits for layer in quant_layers(model).values() if layer.inside}
+    for layer in before:
+        layer.wrap_bits = width or layer.spec.acc_bits
     try:
         yield
     finally:
-        for layer in layers:
-            layer.wrap_bits = None
+        for layer, own in before.items():
+            layer.wrap_bits = own
