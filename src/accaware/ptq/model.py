@@ -77,7 +77,9 @@ def reconstruct(
     if not layers:
         raise ValueError("reconstruct needs a prepared model with layers inside the request")
     floats = dict(reference.named_modules())
-    holders = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    holders: Counter[Tensor] = Counter(
+        parameter for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
     for name, layer in layers.items():
         if holders[layer.weight] > 1:
             raise ValueError(f"{name}: another module holds the same weight, which reconstruct writes; give it a copy")
