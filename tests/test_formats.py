@@ -61,6 +61,8 @@ def test_a_register_is_twos_complement(bits: int) -> None:
         (lambda: Spec(method="a3q"), ValueError, "method must be one of"),  # type: ignore[arg-type]
         (lambda: Spec(method="a2q", preload="free"), ValueError, "needs method 'projected', not 'a2q'"),
         (lambda: Spec(acc_bits=16, tile=2, outer_bits=8), ValueError, "outer_bits"),
+        (lambda: Spec(per_channel="no"), TypeError, "per_channel must be True or False, not 'no'"),  # type: ignore[arg-type]
+        (lambda: Spec(rotate=1), TypeError, "rotate must be True or False, not 1"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_is_refused(make, error, message) -> None:  # type: ignore[no-untyped-def]

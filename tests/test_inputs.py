@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,3 +47,9 @@ def test_a_batch_without_padding_stays_whole():
     batch = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3)}
     (found,) = feeds([batch], CPU)
     assert found["input_ids"] is batch["input_ids"]
+
+
+@pytest.mark.parametrize("batch", [torch.ones(2, 3), {"x": torch.ones(2)}])
+def test_one_batch_in_place_of_several_is_refused(batch):
+    with pytest.raises(TypeError, match=r"batches must be several, such as a list of them, not one (Tensor|dict)"):
+        list(feeds(batch, CPU))

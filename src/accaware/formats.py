@@ -168,6 +168,9 @@ class Spec:
         _one_of("method", self.method, get_args(Method))
         _one_of("order", self.order, get_args(TapOrder))
         _one_of("act_scale", self.act_scale, get_args(ActScale))
+        for name in ("per_channel", "rotate"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.depthwise_method is not None:
             _one_of("depthwise_method", self.depthwise_method, get_args(Method))
         for method in (self.method, self.depthwise_method or self.method):

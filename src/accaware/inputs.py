@@ -30,8 +30,10 @@ def feeds(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
 
     batches: tensors, mappings of keyword arguments, or tuples (lists) that start with either. The rows of a mapping
     with an `attention_mask` [B, L] come by their lengths, those of the same length together and without their padding,
-    which is no data.
+    which is no data. Raises `TypeError` for one batch that stands where several should.
     """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches must be several, such as a list of them, not one {type(batches).__name__}")
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(inputs, Mapping):
