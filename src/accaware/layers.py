@@ -105,7 +105,9 @@ class QuantLayer(nn.Module):
         # Plain rounding knows no accumulator: it is judged afterwards, not bounded.
         register = Accumulator(64) if self.spec.method == "baseline" else self.spec.accumulator
         limits = budget(codes, register, where=self.name)
-        self.weight_quant.bind(codes, limits, self.rows.valid(self.weight.device), self.name)
+        with torch.inference_mode(False):  # training may come next, and saves it for the backward pass
+            valid = self.rows.valid(self.weight.device)
+        self.weight_quant.bind(codes, limits, valid, self.name)
         self._cache = None
 
     def quantized_weight(self) -> Tensor:

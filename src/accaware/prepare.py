@@ -117,8 +117,10 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
-def _activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
-    return [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+def _activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """By the name of the first layer or stream that has it."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    return {name.removesuffix("input_quant").removesuffix("."): m for name, m in found.items()}
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -> None:
@@ -140,7 +142,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
     quantizers = _activation_quantizers(model)
     powers = {name: _Power() for name in layers}
     hooks = [layer.register_forward_pre_hook(powers[name]) for name, layer in layers.items()]
-    for quantizer in quantizers:
+    for quantizer in quantizers.values():
         quantizer.observe()
     try:
         if _run(model, batches) == 0:
@@ -148,13 +150,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
     finally:
         for hook in hooks:
             hook.remove()
-        for quantizer in quantizers:
+        for quantizer in quantizers.values():
             quantizer.observing = False
     for name in layers:
         if powers[name].count == 0:
             raise ValueError(f"{name}: no calibration data reached this layer")
-    for quantizer in quantizers:
-        quantizer.calibrate()
+    for name, quantizer in quantizers.items():
+        quantizer.calibrate(name)
     for name, layer in layers.items():
         layer.bind()
         with torch.no_grad():

@@ -108,6 +108,10 @@ def test_an_uncalibrated_state_dict_leaves_it_uncalibrated():
     new = ActivationQuantizer(4)
     new.load_state_dict(ActivationQuantizer(4).state_dict())
     assert new.codes is None
+    new = calibrated(4, torch.randn(100))
+    new.load_state_dict(ActivationQuantizer(4).state_dict())
+    assert new.codes is None
+    assert new.code_range.tolist() == [0, 0]
 
 
 def test_codes_of_other_bits_are_refused():
@@ -131,3 +135,39 @@ def test_gradient_of_the_scale_is_that_of_lsq(signed):
     slope = (grad * torch.where(inside, u.round() - u, u.round().clamp(form.lo, form.hi))).sum()
     magnitude = 8 if signed else 15
     assert quantizer.scale.grad.item() == pytest.approx(float(slope) / (20 * magnitude) ** 0.5, rel=1e-12)
+
+
+def test_calibrating_again_finds_the_sign_anew():
+    quantizer = calibrated(4, torch.rand(100))
+    for x, signed in ((torch.randn(100), True), (torch.rand(100), False)):
+        quantizer.observe()
+        quantizer(x)
+        quantizer.calibrate()
+        assert quantizer.codes.is_signed == signed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_data_that_are_not_finite_are_refused_and_then_forgotten(value):
+    quantizer = ActivationQuantizer(4)
+    quantizer.observe()
+    x = torch.rand(2**18)
+    x[12345] = value  # no value of the sample that is kept
+    quantizer(x)
+    with pytest.raises(ValueError, match=r"^block\.a: the calibration data that reach it must be finite"):
+        quantizer.calibrate("block.a")
+    quantizer.observe()
+    quantizer(torch.rand(100))
+    quantizer.calibrate()
+    assert quantizer.codes == IntFormat.unsigned(4)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_an_empty_batch_passes(shape, per_token):
+    quantizer = ActivationQuantizer(4, per_token=per_token)
+    quantizer.set_codes(IntFormat.signed(4))
+    x = torch.zeros(shape, requires_grad=True)
+    y = quantizer(x)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape

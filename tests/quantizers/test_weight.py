@@ -121,6 +121,28 @@ def test_a_row_that_broke_its_budget_is_repaired_and_reported(method, monkeypatc
     assert int(q[2].abs().sum()) > 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_and_scales_that_are_not_finite_have_no_integers(method, value):
+    ours = quantizer(method)
+    rows = ours.initialise(torch.randn(4, 1, 36), None, "search")
+    ours.where = "block.a"
+    ours.deploy(rows)
+    with pytest.raises(ValueError, match=r"^block\.a: its weights and their scales must be finite"):
+        ours.deploy(rows.index_fill(2, torch.tensor(7), value))
+    ours.set_step(ours.step().detach() * value)
+    with pytest.raises(ValueError, match="must be finite"):
+        ours.deploy(rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_which_entries_are_taps_moves_with_the_quantizer(method):
+    ours = quantizer(method)
+    ours.bind(U4, ours.budget, torch.ones(4, 1, 36, dtype=torch.bool))
+    assert ours.to("meta").valid.device.type == "meta"
+    assert "valid" not in ours.state_dict()
+
+
 def test_unknown_methods_do_not_exist():
     with pytest.raises(ValueError, match="method must be one of projected, a2q\\+, a2q, baseline, not 'a2q2'"):
         Spec(method="a2q2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class ActivationQuantizer(nn.Module):
         self.codes: IntFormat | None = None
         self.observing = False
         self._seen: list[Tensor] = []
-        self._negative = False
+        self._negative, self._finite = False, True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
@@ -44,7 +45,8 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.codes is None:
             return x
-        return fake_quantize(x, self.step(x), self.codes, (x[0].numel() * self.codes.magnitude) ** -0.5)
+        values = max(1, math.prod(x.shape[1:]))  # of one image; a batch may hold none
+        return fake_quantize(x, self.step(x), self.codes, (values * self.codes.magnitude) ** -0.5)
 
     def step(self, x: Tensor) -> Tensor:
         """The scale of x, positive even where training went astray: a scalar, or [..., 1] for tokens x [..., K]."""
@@ -71,23 +73,28 @@ class ActivationQuantizer(nn.Module):
 
     def observe(self) -> None:
         """From now on collect a sample of what passes, and forget what an earlier collection left."""
-        self.observing, self._seen, self._negative = True, [], False
+        self.observing, self._seen, self._negative, self._finite = True, [], False, True
 
     def _observe(self, x: Tensor) -> None:
         values = x.reshape(-1, x.shape[-1]).float() if self.per_token else x.reshape(-1).float()
         self._negative |= bool((values < 0).any())
+        self._finite &= bool(values.isfinite().all())
         # Odd, so that it meets every row and column of an image, whose lengths mostly are even.
         step = max(1, -(-values.numel() // _SAMPLE)) | 1
         offset = len(self._seen) % step
         self._seen.append(values[offset::step].clone())
 
-    def calibrate(self) -> None:
+    def calibrate(self, where: str = "") -> None:
         """Set codes and scale from what was observed: the scale of smallest squared error.
 
-        Raises `ValueError` if nothing was observed.
+        where: the name of a layer that reads the tensor, for messages. Raises `ValueError` if nothing was observed, or
+        values that are not finite.
         """
+        at = f"{where}: " if where else ""
         if not self._seen:
-            raise ValueError("no data reached this activation quantizer during calibration")
+            raise ValueError(f"{at}no data reached this activation quantizer during calibration")
+        if not self._finite:
+            raise ValueError(f"{at}the calibration data that reach it must be finite; some are NaN or infinite")
         values, negative = torch.cat(self._seen), self._negative
         self._seen, self._negative = [], False
         signed = negative if self.signed is None else self.signed
@@ -105,7 +112,6 @@ class ActivationQuantizer(nn.Module):
     def set_codes(self, codes: IntFormat) -> None:
         """Fix the range of codes."""
         self.codes = codes
-        self.signed = codes.is_signed
         self.code_range.copy_(torch.tensor([codes.lo, codes.hi]))
 
     def to_codes(self, x: Tensor) -> Tensor:
@@ -117,7 +123,9 @@ class ActivationQuantizer(nn.Module):
         stored = state_dict.get(prefix + "code_range")
         if stored is not None:
             lo, hi = (int(v) for v in stored)
-            if hi > lo:
+            if lo == hi == 0:  # not calibrated
+                self.codes = None
+            else:
                 codes = IntFormat(lo, hi)
                 if codes.span + 1 != 2**self.bits:
                     raise ValueError(

@@ -48,7 +48,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _products(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """a * b, summed to the shape of `like`."""
-    if like.numel() > 1:
+    if like.numel() != 1:
         return (a * b).sum_to_size(like.shape)
     order = b.dim_order()  # in the order of memory flattening copies nothing, and a dot product makes no third tensor
     return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1)).reshape(like.shape)

@@ -34,13 +34,15 @@ class WeightQuantizer(nn.Module):
     and with them the budget; nothing is quantized before.
     """
 
+    valid: Tensor | None
+
     def __init__(self, spec: Spec, channels: int, parts: int) -> None:
         super().__init__()
-        self.spec, self.parts = spec, parts
+        self.spec, self.parts, self.where = spec, parts, ""
         self.form = spec.weight_format
         self.codes: IntFormat | None = None
         self.budget: Budget | None = None
-        self.valid: Tensor | None = None
+        self.register_buffer("valid", None, persistent=False)  # a buffer: it moves with the weights
         self.channels = channels if spec.per_channel else 1
 
     def bind(self, codes: IntFormat, budget: Budget, valid: Tensor | None, where: str = "") -> None:
@@ -48,7 +50,7 @@ class WeightQuantizer(nn.Module):
 
         where: the layer's name, for messages. Raises `ValueError` where the method's own bound allows no weight.
         """
-        self.codes, self.budget, self.valid = codes, budget, valid
+        self.codes, self.budget, self.valid, self.where = codes, budget, valid, where
 
     def step(self) -> Tensor:
         """The scale s > 0."""
@@ -99,8 +101,12 @@ class WeightQuantizer(nn.Module):
         """The integers to deploy: computed in float64, checked in integers, projected where a budget broke.
 
         Returns the codes [C, parts, T] int64, the scale [C, 1, 1] float64 and which parts were repaired [C, parts].
+        Raises `ValueError` for weights or learned scales that are not finite, which have no closest integers.
         """
         assert self.budget is not None
+        if not all(bool(values.isfinite().all()) for values in (rows, *self.parameters())):
+            at = f"{self.where}: " if self.where else ""
+            raise ValueError(f"{at}its weights and their scales must be finite; some are NaN or infinite")
         q = self.integers(rows.double())
         scale = self.step().double().expand(rows.shape[0], 1, 1)
         broken = ~holds(q, self.budget)
