@@ -361,9 +361,14 @@ def test_reestimating_needs_data_and_batchnorm():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     aa.prepare_(model, Spec())
     aa.calibrate(model, [IMAGES])
+    aa.reestimate_batchnorm(model, [IMAGES])
+    before = {name: value.clone() for name, value in model[1].state_dict().items()}
     with pytest.raises(ValueError, match="at least one batch"):
         aa.reestimate_batchnorm(model, [])
+    with pytest.raises(RuntimeError):
+        aa.reestimate_batchnorm(model, [IMAGES + 1, IMAGES[:, :1]])
     assert model[1].momentum == 0.1
+    assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
     aa.reestimate_batchnorm(prepared(), [])  # nothing to do
 
 
@@ -382,6 +387,20 @@ def test_penalty():
     torch.testing.assert_close(aa.penalty(model, strength=1.0), sum(terms))
     value.backward()
     assert all(layer.weight_quant.t.grad is not None for layer in quant_layers(model).values() if layer.inside)
+
+
+@pytest.mark.parametrize("method", ["a2q", "a2q+"])
+def test_a_penalty_needs_calibration_or_a_state_dict_of_it(method):
+    model, spec = prepared(calibrated=False), Spec(acc_bits=10, method=method)
+    assert aa.penalty(model).item() == 0
+    model, old = prepared(spec, calibrated=False), prepared(spec)
+    with pytest.raises(ValueError, match=r"^stem: not calibrated; call calibrate"):
+        aa.penalty(model)
+    with torch.no_grad():
+        for layer in quant_layers(old).values():
+            layer.weight_quant.t += 10
+    model.load_state_dict(old.state_dict())
+    assert aa.penalty(model).item() == aa.penalty(old).item() > 0
 
 
 # State dicts -----------------------------------------------------------------------------------------------------

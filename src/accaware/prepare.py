@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from accaware.formats import Spec
 from accaware.inputs import call, feeds, operand
-from accaware.layers import LAYERS, QuantIdentity, QuantLayer, kept_spec
-from accaware.quantizers import ActivationQuantizer
+from accaware.layers import LAYERS, QuantIdentity, QuantLayer, codes_of, kept_spec
+from accaware.quantizers import A2QQuantizer, ActivationQuantizer
 from accaware.trace import Trace, evaluating, trace
 
 __all__ = ["calibrate", "penalty", "prepare_", "quant_layers", "reestimate_batchnorm"]
@@ -203,18 +203,25 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Recompute the running statistics of every batch-norm from data, with the integers that will be deployed.
 
     batches: as for `calibrate`, but augmented as in training: batch-norm averaged over such images, and the statistics
-    of plain ones shift every channel. Other layers stay in evaluation mode. Does nothing without batch-norm.
+    of plain ones shift every channel. Other layers stay in evaluation mode. Does nothing without batch-norm. Raises
+    `ValueError` without data; whatever fails, the statistics are then those from before.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain average over all batches
     try:
         if _run(model, batches, training=norms) == 0:
             raise ValueError("re-estimating batch-norm needs at least one batch")
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, value in norm.named_buffers():
+                value.copy_(buffers[name])
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -223,9 +230,14 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 def penalty(model: nn.Module, strength: float = 1e-3) -> Tensor:
     """The regulariser to add to the loss, a scalar: strength * sum max(t - T, 0) over A2Q layers (A2Q+, section 2.3).
 
-    0 for methods that need none.
+    0 for methods that need none. Raises `ValueError` for others before calibration.
     """
-    terms = [term for layer in quant_layers(model).values() if (term := layer.weight_quant.penalty()) is not None]
+    terms = []
+    for layer in quant_layers(model).values():
+        if isinstance(layer.weight_quant, A2QQuantizer):
+            codes_of(layer)
+            layer.bind()  # what a state dict brought is not bound before the first run
+            terms.append(layer.weight_quant.penalty())
     if not terms:
         return next(model.parameters()).new_zeros(())
     return strength * torch.stack(terms).sum()

@@ -60,10 +60,6 @@ class WeightQuantizer(nn.Module):
         """[C, parts, T] -> integer codes of the same shape and dtype."""
         raise NotImplementedError
 
-    def penalty(self) -> Tensor | None:
-        """What this quantizer adds to the loss, before its weight; None for nothing."""
-        return None
-
     def initialise(self, rows: Tensor, importance: Tensor | None, init: str) -> Tensor:
         """Choose the first scale (and whatever else is learned) for these rows; returns the rows to start from.
 
