@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import accaware as aa
 from accaware.layers import LAYERS, QuantLayer
@@ -259,6 +260,32 @@ def test_float64():
         torch.testing.assert_close(model(x), out, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(dtype):
+    x = torch.rand(4, 8)
+    name = str(dtype).removeprefix("torch.")
+    message = rf"^0: weights must be float32 or float64, not {name}, .*; call float\(\)"
+    with pytest.raises(ValueError, match=message):
+        aa.prepare_(nn.Sequential(nn.Linear(8, 4)).to(dtype), aa.Spec())
+    model = prepared(nn.Linear(8, 4), x, scaled=False).to(dtype)
+    for run in (lambda: model(x.to(dtype)), lambda: aa.certify(model)):
+        with pytest.raises(ValueError, match=message):
+            run()
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            run()
+    assert model.float()(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "transposed2d"])
+def test_an_empty_batch_gives_an_empty_output(kind):
+    make, shape = CASES[kind]
+    model = prepared(make(), dyadic(*shape))
+    empty = torch.zeros(0, *shape[1:])
+    model(empty).sum().backward()
+    with torch.no_grad():
+        assert model(empty).shape == (0, *model(dyadic(*shape)).shape[1:])
+
+
 # The deployed integers and their cache ---------------------------------------------------------------------------
 
 
@@ -333,6 +360,40 @@ def test_pickling(tmp_path):
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     with torch.no_grad():
         assert torch.equal(model(x), again(x))
+
+
+def test_weights_that_are_not_finite_have_no_integers():
+    model = prepared(nn.Linear(8, 4), torch.rand(16, 8), scaled=False)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+        for run in (lambda: model(torch.rand(2, 8)), lambda: aa.certify(model)):
+            with pytest.raises(ValueError, match=r"^0: its weights and their scales must be finite"):
+                run()
+
+
+@pytest.mark.parametrize("method", ["a2q", "a2q+"])
+def test_what_was_bound_without_gradients_can_be_trained(method):
+    x = torch.rand(16, 8)
+    calibrated = nn.Sequential(nn.Linear(8, 4))
+    aa.prepare_(calibrated, aa.Spec(acc_bits=9, method=method, tile=3))
+    loaded = copy.deepcopy(calibrated)
+    with torch.inference_mode():
+        aa.calibrate(calibrated, [x])
+        loaded.load_state_dict(calibrated.state_dict())
+        loaded(x)
+    for model in (calibrated, loaded):
+        model(x).sum().backward()
+        assert model[0].weight.grad.isfinite().all()
+
+
+def test_a_parametrization_makes_a_weight_that_no_proof_is_of():
+    model = prepared(nn.Linear(8, 4), torch.rand(16, 8), scaled=False)
+    parametrizations.weight_norm(model[0])
+    model(torch.rand(2, 8)).sum().backward()
+    with pytest.raises(ValueError, match=r"^0: its weight must be a parameter, .* remove_parametrizations"):
+        aa.certify(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert aa.certify(model).holds
 
 
 # Start values and wrap-around --------------------------------------------------------------------------------------

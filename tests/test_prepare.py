@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import nn
+from torch.nn.utils import prune
 
 import accaware as aa
+from accaware.bounds import bits_needed
 from accaware.formats import IntFormat, Spec
 from accaware.layers import LAYERS, QuantConv2d, QuantIdentity, QuantLinear
 from accaware.prepare import quant_layers
@@ -215,11 +218,114 @@ def test_signs_may_be_given():
     assert model.head.input_quant.codes == IntFormat.unsigned(4)
 
 
+class Fork(nn.Module):
+    """Two layers that read one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("reader", ["a", "b"])
+def test_a_sign_given_for_one_reader_is_that_of_all(reader):
+    x = torch.rand(16, 8)
+    model = aa.prepare_(Fork(), Spec(), sample=x, signed={reader: True})
+    aa.calibrate(model, [x])
+    assert model.a.input_quant.codes == model.b.input_quant.codes == IntFormat.signed(4)
+
+
+def test_signs_that_contradict_each_other_are_refused():
+    x = torch.rand(16, 8)
+    with pytest.raises(ValueError, match="same for layers that read one tensor, not a: False, b: True"):
+        aa.prepare_(Fork(), Spec(), sample=x, signed={"a": False, "b": True})
+    aa.prepare_(Fork(), Spec(), sample=x, signed={"a": False, "b": True}, keep={"b": 8})
+
+
+@pytest.mark.parametrize("value", ["unsigned", 1, None])
+def test_other_values_of_signed_are_refused(value):
+    with pytest.raises(ValueError, match="signed 'q' must be True or False, not"):
+        prepared(signed={"q": value})
+
+
 def test_models_without_layers_and_prepared_models_are_refused():
     with pytest.raises(ValueError, match="ReLU has no layer to quantize; known are Linear, Conv1d"):
         aa.prepare_(nn.ReLU(), Spec())
     with pytest.raises(ValueError, match="prepared already"):
         aa.prepare_(prepared(), Spec())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"acc_bits": {"q": 64}}, ValueError, r"^acc_bits 'q': acc_bits must lie in \[2, 32\], not 64"),
+        ({"acc_bits": {"q": 12.0}}, TypeError, "^acc_bits 'q': acc_bits must be an integer"),
+        ({"acc_bits": {"st*": 12}, "keep": {"stem": 8}}, ValueError, r"^acc_bits 'st\*' must be 32, .* \(stem\)"),
+        ({"acc_bits": {"stem": 12}, "keep": {"stem": "float"}}, ValueError, "^acc_bits 'stem' must be 32"),
+        ({"spec": {"acc_bits": 12}}, TypeError, "^spec must be a Spec, not dict"),
+    ],
+)
+def test_a_request_that_is_refused_leaves_the_model_as_it_was(change, error, message):
+    model = net()
+    with pytest.raises(error, match=message):
+        aa.prepare_(model, **{"spec": Spec(), **change})
+    assert not quant_layers(model)
+    aa.prepare_(model, Spec(), keep={"stem": 8}, acc_bits={"stem": 32, "*": 12})
+    assert {layer.spec.acc_bits for layer in quant_layers(model).values()} == {12, 32}
+
+
+def computed(kind):
+    model = net()
+    with pytest.warns(FutureWarning) if kind == "weight_norm" else contextlib.nullcontext():
+        {
+            "pruned": lambda: prune.l1_unstructured(model.head, "weight", amount=0.5),
+            "bias": lambda: prune.l1_unstructured(model.head, "bias", amount=1),
+            "weight_norm": lambda: nn.utils.weight_norm(model.head),
+        }[kind]()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["pruned", "bias", "weight_norm"])
+def test_a_weight_that_is_computed_is_refused(kind):
+    model = computed(kind)
+    part = "bias" if kind == "bias" else "weight"
+    message = rf"^head: its {part} must be a parameter, not computed for each run .* prune\.remove, remove_weight_norm"
+    for rotate in (False, True):
+        with pytest.raises(ValueError, match=message):
+            aa.prepare_(model, Spec(rotate=rotate))
+    assert not quant_layers(model)
+    aa.prepare_(model, Spec(), keep={"head": "float"})
+    assert type(model.head) is nn.Linear
+
+
+def test_a_layer_pruned_after_preparing_is_not_calibrated_until_it_is_plain():
+    model = prepared(Spec(acc_bits=10, method="a2q"), calibrated=False)
+    prune.l1_unstructured(model.head, "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"^head: its weight must be a parameter"):
+        aa.calibrate(model, [IMAGES])
+    prune.remove(model.head, "weight")
+    aa.calibrate(model, [IMAGES])
+    assert aa.certify(model).holds
+
+
+@pytest.mark.parametrize("features", [(8, 0), (0, 4)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_weights_are_refused(features):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(*features))
+    with pytest.raises(ValueError, match=r"^1: a weight of shape \[\d, \d\] has no values to quantize"):
+        aa.prepare_(model, Spec())
+
+
+def test_a_float_layer_keeps_the_weight_that_it_shared():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    before, x = model[0].weight.detach().clone(), torch.rand(16, 8)
+    aa.prepare_(model, Spec(acc_bits=6, method="a2q+"), keep={"2": "float"})
+    aa.calibrate(model, [x])
+    assert torch.equal(model[2].weight, before)
+    assert not torch.equal(model[0].weight, before)
 
 
 # Calibration -----------------------------------------------------------------------------------------------------
@@ -278,6 +384,44 @@ def test_what_failed_is_forgotten():
     aa.calibrate(layers, [x])
     assert layers["a"].input_quant.codes == IntFormat.unsigned(4)
     assert layers["a"].input_quant.scale.item() < 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_data_that_are_not_finite_name_the_layer(value):
+    model = prepared(calibrated=False)
+    with torch.no_grad():
+        model.block["a"].bias[0] = value
+    with pytest.raises(ValueError, match=r"^twice: the calibration data that reach it must be finite"):
+        aa.calibrate(model, [IMAGES])
+    with pytest.raises(TypeError, match=r"batches must be several, .* not one Tensor"):
+        aa.calibrate(model, IMAGES)
+
+
+@pytest.mark.parametrize(("preload", "needed"), [("none", 12), ("free", 13)])
+def test_an_outer_register_that_the_tiles_may_not_fit_is_refused(preload, needed):
+    """The width that the message asks for is enough for the largest weights, and one bit less is not."""
+    x = torch.rand(32, 256)
+
+    def made(outer, method="projected"):
+        spec = Spec(acc_bits=8, tile=16, outer_bits=outer, preload=preload, method=method)
+        return aa.prepare_(nn.Sequential(nn.Linear(256, 4)), spec)
+
+    with pytest.raises(ValueError, match=rf"^0: outer_bits={needed - 1} is too small .* may need {needed}"):
+        aa.calibrate(made(needed - 1), [x])
+    model = made(needed)
+    aa.calibrate(model, [x])
+    with torch.no_grad():
+        model[0].weight.fill_(-1)
+        model[0].weight_quant.scale.fill_(1)
+    (operation,) = aa.certify(model).operations
+    assert operation.verdict == "proven"
+    assert bits_needed(min(operation.outer_lo), max(operation.outer_hi)) == needed
+
+
+def test_plain_rounding_is_judged_afterwards_by_its_outer_register_too():
+    model = aa.prepare_(nn.Sequential(nn.Linear(256, 4)), Spec(acc_bits=8, tile=16, outer_bits=8, method="baseline"))
+    aa.calibrate(model, [torch.rand(32, 256)])
+    assert not aa.certify(model).holds
 
 
 @pytest.mark.parametrize("grouped", [False, True])

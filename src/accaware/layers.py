@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accaware.bounds import budget
+from accaware.bounds import bits_needed, budget
 from accaware.formats import Accumulator, IntFormat, Spec
 from accaware.quantizers import ActivationQuantizer, weight_quantizer
 from accaware.rotation import hadamard, turned
@@ -65,7 +65,7 @@ class QuantLayer(nn.Module):
     def quantize_(self, name: str, spec: Spec, input_quant: ActivationQuantizer, inside: bool) -> None:
         """Give a layer that was just converted its quantizers; called by `prepare_`."""
         self.name, self.spec, self.inside = name, spec.of_depthwise() if self.depthwise else spec, inside
-        self.rows = self.make_rows()
+        self.rows, self._geometry = self.make_rows(), self.geometry()
         self.register_buffer("rotation", self.make_rotation(), persistent=False)
         if self.rotation is not None:  # a parameter of its own: others may share the float one
             self.weight = nn.Parameter(self.rotated(self.weight.detach()).to(self.weight.dtype))
@@ -89,6 +89,34 @@ class QuantLayer(nn.Module):
         """Which taps one accumulator adds."""
         return convolution_rows(self.weight.shape, self.spec.order, self.spec.tile)
 
+    def geometry(self) -> dict[str, Any]:
+        """What decides, beside the request, which taps one accumulator adds."""
+        return {"weight shape": tuple(self.weight.shape)}
+
+    def check(self) -> None:
+        """Raises `ValueError` where what is read of the layer now is not what its next run uses, or sums."""
+        refuse_unfit(self.name, self)
+        now = self.geometry()
+        changed = [f"{what} {now[what]}, not {was}" for what, was in self._geometry.items() if now[what] != was]
+        if changed:
+            raise ValueError(f"{self.name}: changed since prepare_, which needs the final shape: {', '.join(changed)}")
+
+    def check_outer(self) -> None:
+        """Raises `ValueError` where tiles that fit their own register may not fit the outer one together."""
+        register, tiles = self.spec.accumulator, self.rows.tiles
+        if register.tile is None or self.spec.method == "baseline":  # plain rounding is judged afterwards
+            return
+        lo, hi = register.lo, register.hi
+        if register.preload == "free":  # what spills is the sum less its start value
+            lo, hi = lo - hi, hi - lo
+        types = self.rows.fan_in * self.weight_quant.form.hi * codes_of(self).magnitude
+        needed = bits_needed(max(tiles * lo, -types), min(tiles * hi, types))
+        if needed > register.outer_bits:
+            raise ValueError(
+                f"{self.name}: outer_bits={register.outer_bits} is too small for {tiles} tiles of "
+                f"acc_bits={register.bits}, whose sum may need {needed}"
+            )
+
     def make_rotation(self) -> Tensor | None:
         """What inputs and weights are multiplied by."""
         return None
@@ -111,13 +139,18 @@ class QuantLayer(nn.Module):
         self._cache = None
 
     def quantized_weight(self) -> Tensor:
-        """The fake-quantized weight, in the shape of `weight`; differentiable while gradients are on."""
+        """The fake-quantized weight, in the shape of `weight`; differentiable while gradients are on.
+
+        Raises `ValueError` for weights of 16 bits.
+        """
+        weight = self.weight
+        _refuse_half(self.name, weight)
         if self.weight_quant.codes is None or self.input_quant.observing:
-            return self.weight
+            return weight
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.rows.merge(self.weight_quant(self.rows.split(self.weight)))
+            return self.rows.merge(self.weight_quant(self.rows.split(weight)))
         q, scale, _ = self.deployed()
-        return self.rows.merge((q * scale).to(self.weight.dtype))
+        return self.rows.merge((q * scale).to(weight.dtype))
 
     def deployed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Integers to deploy [C, parts, T] int64, scale [C, 1, 1] float64, and which parts were repaired [C, parts]."""
@@ -229,6 +262,9 @@ class _QuantConvTranspose(QuantLayer):
         spec = self.spec
         return transposed_rows(layer.weight.shape, layer.groups, layer.stride, layer.dilation, spec.order, spec.tile)
 
+    def geometry(self) -> dict[str, Any]:
+        return super().geometry() | {name: getattr(self, name) for name in ("stride", "dilation", "groups")}
+
     def _starts(self, q: Tensor, shape: torch.Size) -> Tensor:
         """Output o sums the phase of taps whose residue is (o + padding) mod stride; where there is none it sums 0."""
         layer = cast(Any, self)
@@ -275,6 +311,31 @@ LAYERS: Mapping[type[nn.Module], type[QuantLayer]] = {
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.ConvTranspose3d: QuantConvTranspose3d,
 }
+
+
+def refuse_unfit(name: str, layer: nn.Module) -> None:
+    """Raises `ValueError` where the weight or bias of a layer is no parameter of its own, or has no values or 16 bits.
+
+    name: the layer's, for messages.
+    """
+    for part in ("weight", "bias"):
+        if part not in layer._parameters:  # what is read between two runs is not what the next one uses
+            raise ValueError(
+                f"{name}: its {part} must be a parameter, not computed for each run (pruning, weight_norm, ...); "
+                "make it one first: prune.remove, remove_weight_norm, remove_parametrizations"
+            )
+    weight = cast(Tensor, layer.weight)
+    if not weight.numel():
+        raise ValueError(f"{name}: a weight of shape {list(weight.shape)} has no values to quantize; keep it 'float'")
+    _refuse_half(name, weight)
+
+
+def _refuse_half(name: str, weight: Tensor) -> None:
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name}: weights must be float32 or float64, not {str(weight.dtype).removeprefix('torch.')}, "
+            "which cannot hold every integer times its scale; call float(), and train under torch.autocast for speed"
+        )
 
 
 def kept_spec(spec: Spec, bits: int) -> Spec:

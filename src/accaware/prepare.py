@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from accaware.formats import Spec
 from accaware.inputs import call, feeds, operand
-from accaware.layers import LAYERS, QuantIdentity, QuantLayer, codes_of, kept_spec
+from accaware.layers import LAYERS, QuantIdentity, QuantLayer, codes_of, kept_spec, refuse_unfit
 from accaware.quantizers import A2QQuantizer, ActivationQuantizer
 from accaware.trace import Trace, evaluating, trace
 
@@ -39,9 +39,12 @@ def prepare_(
     or "float". acc_bits: accumulator widths by name pattern; the more specific pattern wins, then the later one.
     signed: whether the input codes of the layers that match are signed; calibration finds out for the others.
 
-    Returns the model. Raises `ValueError` for a pattern that matches nothing, a model without such layers, or one that
-    is prepared already. Call `calibrate` next.
+    Returns the model. Raises `ValueError`, and leaves the model as it is, for a pattern that matches nothing, a value
+    that is not allowed, a model without such layers, one that is prepared already, and a layer whose weight is computed
+    (pruned, normalized), empty or of 16 bits. Call `calibrate` next.
     """
+    if not isinstance(spec, Spec):
+        raise TypeError(f"spec must be a Spec, not {type(spec).__name__}")
     if quant_layers(model):
         raise ValueError("this model is prepared already")
     targets = {name: module for name, module in model.named_modules() if type(module) in LAYERS}
@@ -54,37 +57,90 @@ def prepare_(
         raise ValueError("act_scale 'token' and rotate are for nn.Linear, of which the request has none")
     widths = _match(acc_bits or {}, list(targets), "acc_bits")
     signs = _match(signed or {}, [*targets, *streams], "signed")
-    for pattern, value in (keep or {}).items():
-        if value != "float" and (isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8):
-            raise ValueError(f"keep {pattern!r} must be 2-8 bits or 'float', not {value!r}")
+    _check_values(spec, keep or {}, acc_bits or {}, signed or {})
+    _refuse_idle_widths(acc_bits or {}, targets, kept)
+    specs = {
+        name: _spec_of(module, spec, kept.get(name), widths.get(name))
+        for name, module in {**streams, **targets}.items()
+        if kept.get(name) != "float"
+    }
+    converted = {name: module for name, module in targets.items() if name in specs}
+    for name, module in converted.items():
+        refuse_unfit(name, module)
     _leave_fused_kernels(model)
     seen = Trace() if sample is None else trace(model, {**targets, **streams}, sample)
-    quantizers: dict[tuple[Any, ...], ActivationQuantizer] = {}
-    shared = {id(p) for m in model.modules() if type(m) not in LAYERS for p in m.parameters(recurse=False)}
-    for name, module in {**streams, **targets}.items():
-        bits = kept.get(name)
-        if isinstance(bits, str):  # "float"
-            continue
-        inside = bits is None
-        layer_spec = replace(spec, acc_bits=widths.get(name, spec.acc_bits)) if bits is None else kept_spec(spec, bits)
-        if not isinstance(module, nn.Linear):
-            layer_spec = replace(layer_spec, act_scale="tensor", rotate=False)
-        key = (seen.sources.get(name, name), layer_spec.act_bits, layer_spec.act_scale, layer_spec.rotate)
-        if key not in quantizers:
-            quantizers[key] = ActivationQuantizer(
-                layer_spec.act_bits, signs.get(name), per_token=layer_spec.act_scale == "token"
-            )
-        if isinstance(module, QuantIdentity):
-            module.input_quant = quantizers[key]
-        else:
-            device = next(module.parameters()).device
-            module.__class__ = LAYERS[type(module)]
-            if id(module.weight) in shared:  # with an embedding, say, which stays as it is
-                module.weight = nn.Parameter(module.weight.detach().clone())
-            assert isinstance(module, QuantLayer)
-            module.quantize_(name, layer_spec, quantizers[key].to(device), inside)
+    quantizers = _quantizers(specs, seen.sources, signs)
+    # What stays as it is, an embedding or a float layer, keeps the weight that it shared.
+    left = set(model.modules()).difference(converted.values())
+    shared = {id(p) for m in left for p in m.parameters(recurse=False)}
+    for name, module in streams.items():
+        module.input_quant = quantizers.get(name)
+    for name, module in converted.items():
+        weight = cast(Tensor, module.weight)
+        module.__class__ = LAYERS[type(module)]
+        if id(weight) in shared:
+            module.weight = nn.Parameter(weight.detach().clone())
+        assert isinstance(module, QuantLayer)
+        module.quantize_(name, specs[name], quantizers[name].to(weight.device), name not in kept)
     model._accaware_trace = seen  # type: ignore[assignment]
     return model
+
+
+def _check_values(
+    spec: Spec, keep: Mapping[str, int | str], acc_bits: Mapping[str, int], signed: Mapping[str, bool]
+) -> None:
+    for pattern, value in keep.items():
+        if value != "float" and (isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8):
+            raise ValueError(f"keep {pattern!r} must be 2-8 bits or 'float', not {value!r}")
+    for pattern, bits in acc_bits.items():
+        try:
+            replace(spec, acc_bits=bits)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"acc_bits {pattern!r}: {error}") from error
+    for pattern, sign in signed.items():
+        if not isinstance(sign, bool):
+            raise ValueError(f"signed {pattern!r} must be True or False, not {sign!r}")
+
+
+def _refuse_idle_widths(acc_bits: Mapping[str, int], names: Iterable[str], kept: Mapping[str, int | str]) -> None:
+    """Raises `ValueError` for a width that no layer would have, since all that its pattern matches are kept."""
+    for pattern, bits in acc_bits.items():
+        matched = fnmatch.filter(names, pattern)
+        if bits != 32 and all(name in kept for name in matched):  # 32 is what they have
+            raise ValueError(
+                f"acc_bits {pattern!r} must be 32, not {bits}: it matches only layers that are kept out of the request "
+                f"({', '.join(matched)})"
+            )
+
+
+def _spec_of(module: nn.Module, spec: Spec, bits: int | str | None, width: int | None) -> Spec:
+    """What is asked of one layer or stream. bits: those that it is kept at. width: of its own accumulator."""
+    own = replace(spec, acc_bits=width or spec.acc_bits) if bits is None else kept_spec(spec, int(bits))
+    return own if isinstance(module, nn.Linear) else replace(own, act_scale="tensor", rotate=False)
+
+
+def _quantizers(
+    specs: Mapping[str, Spec], sources: Mapping[str, str], signs: Mapping[str, bool]
+) -> dict[str, ActivationQuantizer]:
+    """The activation quantizer of every layer and stream, by name: one for all that read a tensor in the same format.
+
+    Raises `ValueError` where they are given different signs.
+    """
+    readers: dict[tuple[Any, ...], list[str]] = {}
+    for name, spec in specs.items():
+        key = (sources.get(name, name), spec.act_bits, spec.act_scale, spec.rotate)
+        readers.setdefault(key, []).append(name)
+    found: dict[str, ActivationQuantizer] = {}
+    for names in readers.values():
+        given = {name: signs[name] for name in names if name in signs}
+        if len(set(given.values())) > 1:
+            told = ", ".join(f"{name}: {sign}" for name, sign in given.items())
+            raise ValueError(f"signed must be the same for layers that read one tensor, not {told}")
+        spec = specs[names[0]]
+        sign = next(iter(given.values()), None)
+        quantizer = ActivationQuantizer(spec.act_bits, sign, per_token=spec.act_scale == "token")
+        found |= dict.fromkeys(names, quantizer)
+    return found
 
 
 def _leave_fused_kernels(model: nn.Module) -> None:
@@ -132,13 +188,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
     smallest error, each tap weighted by the power of its input; "ep" projects at the scale max|w| / qmax; "none" does
     not project.
 
-    Raises `ValueError` without data, for a layer that no data reached, and for an accumulator too small for a layer.
+    Raises `ValueError` without data, for data that are not finite, for a layer that no data reached or whose weight
+    became computed, and for an accumulator, or an outer register of tiles, too small for a layer. Raises `TypeError`
+    for one batch in place of several.
     """
     if init not in ("search", "ep", "none"):
         raise ValueError(f"init must be search, ep or none, not {init!r}")
     layers = quant_layers(model)
     if not layers:
         raise ValueError("this model has no quantized layer; call prepare_ first")
+    for layer in layers.values():
+        layer.check()
     quantizers = _activation_quantizers(model)
     powers = {name: _Power() for name in layers}
     hooks = [layer.register_forward_pre_hook(powers[name]) for name, layer in layers.items()]
@@ -159,6 +219,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
         quantizer.calibrate(name)
     for name, layer in layers.items():
         layer.bind()
+        layer.check_outer()
         with torch.no_grad():
             rows = layer.rows.split(layer.weight)
             importance = layer.rows.split(_per_tap(layer, powers[name].mean()))

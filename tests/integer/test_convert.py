@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import accaware as aa
 from accaware.bounds import bits_needed, worst_case
@@ -281,3 +282,37 @@ def test_unprepared_and_uncalibrated_models_are_refused():
     aa.prepare_(model, aa.Spec())
     with pytest.raises(ValueError, match=r"^0: not calibrated; call calibrate"):
         aa.integer_layers(model)
+
+
+def test_a_weight_that_the_next_run_computes_is_refused():
+    """The tensor that the last run left is not what the next one multiplies."""
+    model = prepared(nn.Linear(10, 4), torch.rand(6, 10))
+    prune.l1_unstructured(model[0], "weight", amount=0.1)
+    for read in (aa.certify, aa.integer_layers, aa.integer_network):
+        with pytest.raises(ValueError, match=r"^0: its weight must be a parameter, not computed .* prune\.remove"):
+            read(model)
+    prune.remove(model[0], "weight")
+    assert aa.certify(model).holds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": (1,)}, r"^0: changed since prepare_, .*: stride \(1,\), not \(2,\)"),
+        ({"stride": 2}, r"stride 2, not \(2,\)"),
+        ({"dilation": (2,), "groups": 2}, r"dilation \(2,\), not \(1,\), groups 2, not 1"),
+        ({"weight": nn.Parameter(torch.ones(4, 4, 3))}, r"weight shape \(4, 4, 3\), not \(4, 4, 4\)"),
+    ],
+)
+def test_a_shape_that_changed_after_preparing_is_refused(change, message):
+    model = prepared(nn.ConvTranspose1d(4, 4, 4, stride=2), torch.rand(2, 4, 5), acc_bits=8)
+    for name, value in change.items():
+        setattr(model[0], name, value)
+    with pytest.raises(ValueError, match=message):
+        aa.certify(model)
+
+
+def test_the_stride_of_a_convolution_changes_no_sum():
+    model = prepared(nn.Conv1d(4, 4, 3, stride=2), torch.rand(2, 4, 7))
+    model[0].stride = (1,)
+    assert aa.certify(model).holds

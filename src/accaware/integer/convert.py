@@ -28,7 +28,11 @@ def integer_layers(model: nn.Module) -> list[IntegerLayer]:
 
 
 def integer_layer(layer: QuantLayer) -> IntegerLayer:
-    """One layer's record; rows run over output channels and, within one, over the phases of a transposed one."""
+    """One layer's record; rows run over output channels and, within one, over the phases of a transposed one.
+
+    Raises `ValueError` for a layer that is not calibrated, that `prepare_` would refuse by now, or whose shape changed.
+    """
+    layer.check()
     layer.bind()
     codes = codes_of(layer)
     q, scale, repaired = layer.deployed()
