@@ -596,6 +596,7 @@ def test_loading_into_a_calibrated_model_replaces_codes_and_integers():
         (Spec(acc_bits=10, tile=4), r"^stem: the checkpoint was made for tile -1, not 4$"),
         (Spec(acc_bits=10, preload="free"), r"^stem: the checkpoint was made for preload 0, not 1$"),
         (Spec(acc_bits=10, act_bits=3), r"act_bits"),
+        (Spec(acc_bits=10, method="baseline"), r"^stem: the checkpoint was made for method projected, not baseline$"),
     ],
 )
 def test_a_checkpoint_of_another_request_is_an_error(spec, message):
@@ -608,6 +609,41 @@ def test_the_first_layer_that_differs_is_named():
     state = prepared(acc_bits={"twice": 12}).state_dict()
     with pytest.raises(ValueError, match=r"^twice: the checkpoint was made for acc_bits 12, not 10$"):
         prepared().load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_order_of_tiles_is_an_error():
+    old = prepared(Spec(acc_bits=10, tile=4)).state_dict()
+    with pytest.raises(ValueError, match=r"^stem: the checkpoint was made for order chw, not hwc$"):
+        prepared(Spec(acc_bits=10, tile=4, order="hwc"), calibrated=False).load_state_dict(old)
+    # Without tiles the order decides nothing, and between kernels of one tap there is none.
+    prepared(Spec(acc_bits=10, order="hwc"), calibrated=False).load_state_dict(prepared().state_dict())
+    keep = {"stem": 8}
+    old = prepared(Spec(acc_bits=10, tile=2), keep=keep).state_dict()
+    prepared(Spec(acc_bits=10, tile=2, order="hwc"), keep=keep, calibrated=False).load_state_dict(old)
+
+
+@pytest.mark.parametrize("known", [6, 8])
+def test_earlier_checkpoints_load_and_later_ones_are_refused(known):
+    old, new = prepared(Spec(acc_bits=10, method="a2q+")), prepared(Spec(acc_bits=10, method="a2q+"), calibrated=False)
+    shorter = {k: v[:known] if k.endswith("request") else v for k, v in old.state_dict().items()}
+    new.load_state_dict(shorter)
+    assert all(torch.equal(v, new.state_dict()[k]) for k, v in old.state_dict().items())
+    longer = {k: F.pad(v, (0, 1)) if k.endswith("request") else v for k, v in old.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^stem: the checkpoint is of a later version: its request has 11 entries"):
+        new.load_state_dict(longer)
+
+
+def test_a_checkpoint_from_before_calibration_undoes_it():
+    model, fresh = prepared(), prepared(calibrated=False)
+    model(IMAGES)
+    model.load_state_dict(fresh.state_dict())
+    assert torch.equal(model(IMAGES), fresh(IMAGES))
+    with pytest.raises(ValueError, match=r"^stem: not calibrated"):
+        aa.certify(model)
+    aa.calibrate(model, [IMAGES])
+    aa.calibrate(fresh, [IMAGES])
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), fresh(IMAGES))
 
 
 def test_a_float_checkpoint_loads_before_preparing():

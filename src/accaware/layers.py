@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accaware.bounds import bits_needed, budget
-from accaware.formats import Accumulator, IntFormat, Spec
+from accaware.formats import Accumulator, IntFormat, Method, Spec, TapOrder
 from accaware.quantizers import ActivationQuantizer, weight_quantizer
 from accaware.rotation import hadamard, turned
 from accaware.rows import Rows, convolution_rows, residues_of_taps, transposed_rows
@@ -29,7 +29,8 @@ __all__ = [
     "QuantLinear",
 ]
 
-_REQUEST = ("weight_bits", "act_bits", "acc_bits", "outer_bits", "tile", "preload", "act_scale", "rotate")
+#: The words that stand for 1, 2, ... in the request of a checkpoint; a new one comes last.
+_WORDS: Mapping[str, tuple[str, ...]] = {"method": get_args(Method), "order": get_args(TapOrder)}
 
 
 class QuantIdentity(nn.Module):
@@ -72,12 +73,30 @@ class QuantLayer(nn.Module):
         self.input_quant = input_quant
         self.weight_quant = weight_quantizer(self.spec, self.rows.channels, self.rows.parts)
         self.weight_quant.to(self.weight.device)
-        values = [spec.weight_bits, spec.act_bits, spec.acc_bits, spec.outer_bits]
-        values += [-1 if spec.tile is None else spec.tile, spec.preload == "free"]
-        values += [spec.act_scale == "token", spec.rotate]
-        self.register_buffer("request", torch.tensor(values, dtype=torch.int32, device=self.weight.device))
+        values = torch.tensor(list(self._request().values()), dtype=torch.int32, device=self.weight.device)
+        self.register_buffer("request", values)
         self.wrap_bits: int | None = None
         self._cache: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+
+    def _request(self) -> dict[str, int]:
+        """What a checkpoint must have been made for. Entries are only ever added, at the end: old ones are shorter.
+
+        A word is its place in `_WORDS`, 0 where it decides nothing (the order of taps, but for tiles of several taps of
+        a kernel) or a checkpoint does not know it.
+        """
+        spec, ordered = self.spec, self.rows.tiles > 1 and self.weight[0, 0].numel() > 1
+        return {
+            "weight_bits": spec.weight_bits,
+            "act_bits": spec.act_bits,
+            "acc_bits": spec.acc_bits,
+            "outer_bits": spec.outer_bits,
+            "tile": -1 if spec.tile is None else spec.tile,
+            "preload": spec.preload == "free",
+            "act_scale": spec.act_scale == "token",
+            "rotate": spec.rotate,
+            "method": 1 + _WORDS["method"].index(spec.method),
+            "order": 1 + _WORDS["order"].index(spec.order) if ordered else 0,
+        }
 
     @property
     def depthwise(self) -> bool:
@@ -128,7 +147,10 @@ class QuantLayer(nn.Module):
     def bind(self) -> None:
         """Tell the weight quantizer what its inputs are. Raises `ValueError` where no weight fits the accumulator."""
         codes = self.input_quant.codes
-        if codes is None or codes == self.weight_quant.codes:
+        if codes == self.weight_quant.codes:
+            return
+        if codes is None:  # a state dict from before calibration was loaded
+            self.weight_quant.codes = None
             return
         # Plain rounding knows no accumulator: it is judged afterwards, not bounded.
         register = Accumulator(64) if self.spec.method == "baseline" else self.spec.accumulator
@@ -213,14 +235,30 @@ class QuantLayer(nn.Module):
         stored = state_dict.get(prefix + "request")
         if stored is None and self.rotation is not None and prefix + "weight" in state_dict:
             raise ValueError(f"{self.name}: its weights are rotated; load float weights before prepare_")
-        if stored is not None:  # earlier ones know neither tokens nor rotation
-            stored = state_dict[prefix + "request"] = F.pad(stored, (0, len(self.request) - len(stored)))
-        if stored is not None and not torch.equal(stored.cpu(), self.request.cpu()):
-            pairs = zip(_REQUEST, stored.tolist(), self.request.tolist(), strict=True)
-            wrong = ", ".join(f"{name} {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours)
-            raise ValueError(f"{self.name}: the checkpoint was made for {wrong}")
+        if stored is not None:
+            self._compare(stored.tolist())
+            state_dict[prefix + "request"] = self.request  # an earlier one is shorter
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._cache = None
+
+    def _compare(self, stored: list[int]) -> None:
+        """Raises `ValueError` where a checkpoint's request is another one."""
+        request = self._request()
+        if len(stored) > len(request):
+            raise ValueError(
+                f"{self.name}: the checkpoint is of a later version: "
+                f"its request has {len(stored)} entries, this version knows {len(request)}"
+            )
+        stored = stored + [0] * (len(request) - len(stored))
+        wrong = []
+        for (name, ours), theirs in zip(request.items(), stored, strict=True):
+            words = ("", *_WORDS.get(name, ()))
+            if ours == theirs or (name in _WORDS and 0 in (ours, theirs)):
+                continue
+            named = [words[v] if 0 < v < len(words) else int(v) for v in (theirs, ours)]
+            wrong.append(f"{name} {named[0]}, not {named[1]}")
+        if wrong:
+            raise ValueError(f"{self.name}: the checkpoint was made for {', '.join(wrong)}")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
