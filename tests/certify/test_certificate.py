@@ -137,6 +137,12 @@ def test_the_table_is_plain_text_with_every_operation(monkeypatch: pytest.Monkey
     assert "\x1b" not in text
 
 
+def test_a_layer_without_any_weight_left_is_remarked_on() -> None:
+    table = Certificate.of([layer("none", [[0, 0], [0, 0]]), layer("half", [[0, 1], [0, 0]])], sha256=SHA).table()
+    assert "none: all its weights are 0" in table.splitlines()
+    assert table.count("all its weights") == 1
+
+
 def test_the_table_prints_names_as_they_are() -> None:
     name = "[bold]" + "block." * 40 + ":smile:"
     assert name in Certificate.of([layer(name, [[1]])], sha256=SHA).table()

@@ -147,6 +147,8 @@ def _remark(op: Operation) -> str:
     if op.witness:
         register = "the outer register" if op.witness.register == "outer" else "the register"
         remarks.append(f"row {op.witness.row} reaches {op.witness.value}, outside {register}")
+    if op.lo and op.zero_channels == len(op.lo):
+        remarks.append("all its weights are 0")
     if op.repaired:
         remarks.append(f"{op.repaired} rows repaired by the exact check")
     text = "; ".join(filter(None, remarks))
