@@ -118,6 +118,46 @@ def test_convolutions_pair_channels(haswell, tmp_path):
     assert np.abs(real - np.clip(sums / 600 + 128, 0, 255)).max() <= 0.51
 
 
+def test_weights_on_the_left_saturate_where_they_are_unsigned(haswell, tmp_path):
+    """All operators at once; rows with and without a pair that is too large, for codes of either sign."""
+    rows = {"u": np.uint8([[255] * 8, [128, 0] * 4, [0] * 8]), "s": np.int8([[127] * 8, [-128] * 8, [64, -64] * 4])}
+    feeds = {"xs": np.tile(np.int8([127, -128]), (8, 1)), "xu": np.full((8, 2), 255, np.uint8)}
+    constants = {"one": np.float32(1), "big": np.float32(5000), "us": np.int8(0), "uu": np.uint8(0)}
+    nodes = []
+    for x, w in ("su", "uu", "us", "ss"):
+        constants[f"w{w}"] = rows[w]
+        a, b, zero = f"w{w}", f"x{x}", f"u{w} u{x}"
+        y = [f"y{x}{w}{i}" for i in range(5)]
+        nodes += [
+            node("MatMulInteger", f"{a} {b} {zero}", y[0]),
+            node("DequantizeLinear", f"{a} one u{w}", f"{y[0]}w"),
+            node("DequantizeLinear", f"{b} one u{x}", f"{y[0]}x"),
+            node("MatMul", f"{y[0]}w {y[0]}x", y[1]),
+        ]
+        if (w, x) != ("s", "u"):  # onnxruntime has no kernel for these
+            nodes.append(node("MatMulIntegerToFloat", f"{a} {b} one one {zero}", y[2], domain="com.microsoft"))
+        if w == "u":
+            nodes.append(node("QLinearMatMul", f"{a} one u{w} {b} one u{x} big u{w}", y[3]))
+            nodes.append(node("QGemm", f"{a} one u{w} {b} one u{x}", y[4], domain="com.microsoft"))
+    types = {"MatMulInteger": 6, "MatMul": 1, "MatMulIntegerToFloat": 1, "QLinearMatMul": 2, "QGemm": 1}
+    made = model(
+        nodes,
+        {"xs": (3, [8, 2]), "xu": (2, [8, 2])},
+        {n.output[0]: (types[n.op_type], None) for n in nodes if n.op_type in types},
+        constants,
+        extra=[("com.microsoft", 1)],
+    )
+    path = save(made, tmp_path)
+    real = on_haswell(path, tmp_path, **feeds)
+    for op in certify_file(path, WHERE).operations:
+        y = op.name
+        exact = rows[y[2]].astype(int) @ feeds[f"x{y[1]}"].astype(int)
+        expected = np.clip(np.rint(exact / 5000), 0, 255) if y[3] == "3" else exact
+        wrong = (real[y] != expected).any(axis=1)
+        assert op.verdict == ("refuted" if y[1:3] == "su" else "proven"), y
+        assert wrong.tolist() == ([True, False, False] if y[1:3] == "su" else [False] * 3), y
+
+
 @pytest.mark.parametrize("file", ["qoperator", "qdq", "signed"])
 def test_the_emulator_says_what_the_kernels_do(haswell, file, tmp_path):
     """Networks of several layers to the bit, where floats do not round in another order."""

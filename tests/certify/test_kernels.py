@@ -25,11 +25,12 @@ def parameters(x, w):
     }
 
 
-def network(folder, kind, x, w, weights):
-    """One operation on codes of type `x` with weights of type `w`, [O, C, k] or, for matrices, [K, O]."""
+def network(folder, kind, x, w, weights, left=False):
+    """One operation on codes of type `x` with weights of type `w`, [O, C, k] or, for matrices, [K, O], left [O, K]."""
     weights = np.asarray(weights, TYPES[w])
     code = tensor("x", TYPES[x](0)).data_type
     shape = [1, *weights.shape[1:-1], 6] if weights.ndim == 3 else [2, len(weights)]
+    shape = [weights.shape[1], 2] if left else shape
     group = {"group": len(weights)} if weights.ndim == 3 and weights.shape[1] == 1 and len(weights) > 1 else {}
     if group:
         shape[1] = len(weights)
@@ -40,21 +41,30 @@ def network(folder, kind, x, w, weights):
         "MatMulInteger": ("x w zx zw", {}),
     }
     inputs, attributes = given[kind]
+    if left:
+        inputs = {"QLinearMatMul": "w s zw x s zx s zx", "MatMulInteger": "w x zw zx"}[kind]
     out = code if kind.startswith("QLinear") else 6
     made = model([node(kind, inputs, "y", "op", **attributes)], {"x": (code, shape)}, {"y": (out, None)},
                  {**parameters(x, w), "w": weights})  # fmt: skip
     return save(made, folder)
 
 
-def qdq(folder, kind, x, w, weights):
+def qdq(folder, kind, x, w, weights, left=False):
     """The same between DequantizeLinear and QuantizeLinear, on codes that the graph computes."""
     weights = np.asarray(weights, TYPES[w])
     shape = [1, *weights.shape[1:-1], 6] if weights.ndim == 3 else [2, len(weights)]
+    shape = [weights.shape[1], 2] if left else shape
     nodes = [
         node("QuantizeLinear", "x s zx", "q"),
         node("DequantizeLinear", "q s zx", "a"),
         node("DequantizeLinear", "w s zw", "b"),
-        node(kind, "a b", "c", "op", **({"kernel_shape": weights.shape[2:]} if weights.ndim == 3 else {})),
+        node(
+            kind,
+            "b a" if left else "a b",
+            "c",
+            "op",
+            **({"kernel_shape": weights.shape[2:]} if weights.ndim == 3 else {}),
+        ),
         node("QuantizeLinear", "c s zx", "d"),
         node("DequantizeLinear", "d s zx", "y"),
     ]
@@ -108,6 +118,30 @@ def test_operators(kind, x, w, weights, expected, tmp_path):
 )
 def test_qdq(kind, x, w, weights, expected, tmp_path):
     assert verdict(qdq(tmp_path, kind, x, w, weights)) == expected
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "weights", "expected"),
+    [
+        ("s8", "u8", [[255, 3, 0]], ("refuted", True)),  # the left operand is the unsigned one
+        ("s8", "u8", [[255, 0, 255]], ("proven", True)),
+        ("u8", "u8", [[255, 255, 0]], ("proven", False)),
+        ("u8", "s8", [[127, 127, 0]], ("proven", False)),
+        ("s8", "s8", [[-128, -128, 0]], ("proven", False)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["MatMulInteger", "QLinearMatMul", "MatMul", "Gemm"])
+def test_weights_on_the_left(kind, x, w, weights, expected, tmp_path):
+    made = qdq if kind in ("MatMul", "Gemm") else network
+    assert verdict(made(tmp_path, kind, x, w, weights, left=True)) == expected
+
+
+def test_clipped_weights_keep_the_type_of_their_bytes(tmp_path):
+    """Those from 0 to 127 can be signed ones, which saturate."""
+    nodes = [node("Clip", "w low high", "v"), node("MatMulInteger", "x v zx zw", "y", "op")]
+    constants = {**parameters("u8", "s8"), "w": np.int8([[127], [127]]), "low": np.int8(0), "high": np.int8(127)}
+    made = model(nodes, {"x": (2, [2, 2])}, {"y": (6, None)}, constants)
+    assert verdict(save(made, tmp_path)) == ("refuted", True)
 
 
 def test_a_certificate_of_the_wrong_kernel_is_found(tmp_path):

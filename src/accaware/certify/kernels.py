@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from accaware.formats import IntFormat, TapOrder
 from accaware.onnx.read import Product
@@ -24,26 +25,33 @@ class Feed:
 def onnxruntime_feed(product: Product) -> Feed | None:
     """What onnxruntime 1.31 feeds to AVX2's saturating pairs (`vpmaddubsw`); None where its kernel is exact.
 
-    Only unsigned times signed bytes go there. Where the file leaves open whether codes are stored signed (floats in a
-    range of [0, 127]), both count.
+    Only a left operand of unsigned bytes times a right one of signed bytes goes there.
     """
     codes, weights, zeros = product.codes, product.rows.codes, product.zero_range
-    signed_codes, signed_weights = (product.stored or codes).lo < 0, weights.lo < 0
     if not (_within_a_byte(codes) and _within_a_byte(weights)):
         return None
-    if product.kind == "ConvInteger":  # the weights are its left operand
-        return Feed(codes, zeros, "chw") if signed_codes and not signed_weights else None
-    if not signed_weights or _depthwise(product):
+    signed, unsigned = (_can_be(kind, codes, product.stored) for kind in ("signed", "unsigned"))
+    if product.kind == "ConvInteger" or product.left:  # the weights are its left operand
+        return Feed(codes, zeros, "chw") if signed and _can_be("unsigned", weights) else None
+    if not _can_be("signed", weights) or _depthwise(product):
         return None
     order: TapOrder = "hwc"
     if product.dialect == "qoperator" or product.kind in ("MatMulInteger", "QLinearConv", "QLinearMatMul", "QGemm"):
-        return None if signed_codes else Feed(codes, zeros, order)
+        return Feed(codes, zeros, order) if unsigned else None
     higher = Feed(_raised(codes), _raised(zeros), order)
-    if signed_codes:
+    if not unsigned:
         return higher
-    if product.stored is None and codes.hi <= 127:  # codes of either type
-        return Feed(IntFormat(min(codes.lo, higher.codes.lo), max(codes.hi, higher.codes.hi)), zeros, order)
-    return Feed(codes, zeros, order)
+    return Feed(IntFormat(codes.lo, higher.codes.hi) if signed else codes, zeros, order)
+
+
+def _can_be(kind: Literal["signed", "unsigned"], codes: IntFormat, stored: IntFormat | None = None) -> bool:
+    """Whether these codes can lie in bytes of that kind: of any that holds them, where their type is not known.
+
+    The type of weights is not: those of a narrower range may be clipped ones.
+    """
+    if stored is not None:
+        return (stored.lo < 0) == (kind == "signed")
+    return codes.hi <= 127 if kind == "signed" else codes.lo >= 0
 
 
 def _raised(codes: IntFormat) -> IntFormat:
