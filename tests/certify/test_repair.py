@@ -374,6 +374,48 @@ def test_shared_weights_satisfy_both_operations(tmp_path) -> None:
     assert len(done.changes) == 2
 
 
+@pytest.mark.parametrize(
+    ("left", "x", "w", "scale", "changes"),
+    [
+        (True, [4, 3], [4, 4], [4], False),  # a number for each column of the output, which are no rows of weights
+        (True, [4], [4, 4], [4, 1], False),  # as many outputs of every row
+        (True, [4, 3], [4, 4], [1], True),
+        (False, [3, 4], [4, 4], [4], True),
+        (False, [2, 3, 4], [2, 4, 1], [2], False),
+    ],
+)
+def test_only_a_scale_of_the_rows_changes_with_them(left, x, w, scale, changes, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-9, 9, w).astype(np.int8)
+    weights[0] = 127
+    nodes = [
+        node("MatMulInteger", "w x" if left else "x w", "y", "product"),
+        node("Cast", "y", "f", to=TensorProto.FLOAT),
+        node("Mul", "f w_scale", "z"),
+    ]
+    constants = {"w": weights, "w_scale": np.logspace(0, 3, scale[0], dtype=np.float32).reshape(scale)}
+    path = save(model(nodes, {"x": (TensorProto.UINT8, x)}, {"z": None}, constants), tmp_path)
+    assert repair_file(path, tmp_path / "out.onnx", Target("int13", Accumulator(13))).certificate.holds
+    assert changed_tensors(path, tmp_path / "out.onnx") == ({"w", "w_scale"} if changes else {"w"})
+
+
+@pytest.mark.parametrize(("x", "w", "scale"), [([1, 2, 6], [2, 2, 1], [2, 1]), ([1, 2, 6, 6], [2, 2, 1, 1], [2, 1, 1])])
+def test_scales_behind_convolutions_of_any_dimensions(x, w, scale, tmp_path) -> None:
+    for shape in ([2, 1], [2, 1, 1]):
+        nodes = [
+            node("ConvInteger", "x w", "y", "product"),
+            node("Cast", "y", "f", to=TensorProto.FLOAT),
+            node("Mul", "f w_scale", "z"),
+        ]
+        constants = {
+            "w": np.array([127, 127, 3, 4], np.int8).reshape(w),
+            "w_scale": np.float32([1, 100]).reshape(shape),
+        }
+        path = save(model(nodes, {"x": (TensorProto.UINT8, x)}, {"z": None}, constants), tmp_path)
+        _, names = repaired(path, Target("int15", Accumulator(15)))
+        assert names == ({"w", "w_scale"} if shape == scale else {"w"})
+
+
 def impossible(path, target, message, **options):
     """The repair is refused, and nothing is written or left behind."""
     before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
@@ -392,6 +434,15 @@ def test_what_cannot_be_repaired_is_named(tmp_path) -> None:
     impossible(path, AVX2, "product: its weights 'w' are also what Gather 'spy' uses")
     path = integer_matmul(FULL, node("Gather", "w i", "c", "two\nlines"), folder=tmp_path, i=np.array([0]))
     impossible(path, AVX2, r"also what Gather 'two\\nlines' uses$")
+    both = [node("DequantizeLinear", f"{n} s", f"{n}d") for n in "xw"] + [node("Gemm", "xd wd wd", "y", "product")]
+    made = model(both, {"x": (TensorProto.UINT8, [1, 1])}, {"y": None}, {"w": FULL[:1], "s": np.float32(0.1)})
+    message = "product: its weights 'w' are also what Gemm 'product' uses"
+    impossible(save(made, tmp_path), Target("int12", Accumulator(12)), message)
+    ends = [helper.make_tensor_value_info(n, TensorProto.INT8, [4, 2]) for n in "ab"]
+    bodies = [helper.make_graph([node("Identity", "w", end.name)], end.name, [], [end]) for end in ends]
+    branch = helper.make_node("If", ["c"], ["v"], then_branch=bodies[0], else_branch=bodies[1])
+    path = integer_matmul(FULL, branch, folder=tmp_path, c=np.array(True))
+    impossible(path, AVX2, "product: its weights 'w' are also what graph output '[ab]' uses")
     square = np.full((4, 4), 127, np.int8)
     turned = [node("Transpose", "w", "t", perm=[1, 0]), node("MatMulInteger", "x t z", "v", "other")]
     impossible(

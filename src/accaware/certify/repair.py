@@ -244,7 +244,7 @@ def _plan(file: File, users: tuple[Product, ...], targets: Mapping[str, Target],
         return _Plan(users, tuple(layers), Nearest(layers[0].rows, nothing + 1.0, nothing), Site())
     if not file.holds(name):
         raise ImpossibleError(f"{first.name}: its weights '{name}' are no tensor of the file, or one of several")
-    if other := file.other_use(name, [user.name for user in users]):
+    if other := file.other_use(name, users):
         raise ImpossibleError(f"{first.name}: its weights '{name}' are also what {other} uses")
     for user in users[1:]:
         if not _same_rows(first, user):

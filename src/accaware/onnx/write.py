@@ -66,8 +66,8 @@ class File:
         graph = load(path).graph
         self.model = message(path)
         self._tensors: dict[str, TensorProto | None] = {}
+        self._outputs: set[str] = set()  # of subgraphs too: they leave those by the node around them
         self._collect(self.model.graph)
-        self._outputs = {info.name for info in self.model.graph.output}
         self._nodes: dict[str, Node] = {}
         self._producers: dict[str, Node] = {}
         self._readers: dict[str, list[Node]] = {}
@@ -78,7 +78,8 @@ class File:
                 self._readers.setdefault(name, []).append(node)
 
     def _collect(self, graph: GraphProto) -> None:
-        """Every tensor by its name; None for two of one name, which cannot be told apart."""
+        """Every tensor by its name; None for two of one name, which cannot be told apart. All outputs of graphs."""
+        self._outputs.update(info.name for info in graph.output)
         found = [(tensor.name, tensor) for tensor in graph.initializer]
         for node in graph.node:
             for attribute in node.attribute:
@@ -115,15 +116,17 @@ class File:
         assert tensor is not None, name
         return tensor
 
-    def other_use(self, name: str, operations: Collection[str]) -> str | None:
-        """What else than these operations a tensor's values reach; None where nothing does."""
+    def other_use(self, name: str, products: Collection[Product]) -> str | None:
+        """What else a tensor's values reach than the weights of these operations; None where nothing does."""
+        weights = {product.name: _operand(self._nodes[product.name], product) for product in products}
         waiting, seen = [name], {name}
         while waiting:
             tensor = waiting.pop()
             if tensor in self._outputs:
                 return f"graph output '{tensor}'"
             for node in self._readers.get(tensor, []):
-                if node.name in operations or node.key == "Shape":
+                places = [i for i, read in enumerate(node.inputs) if read == tensor]
+                if node.key == "Shape" or places == [weights.get(node.name)]:
                     continue
                 if node.key not in _PASSES:
                     return f"{node.kind} '{node.name}'"
@@ -135,7 +138,7 @@ class File:
         """What changes with the scale of an operation's weights."""
         node = self._nodes[product.name]
         if node.key in _INTEGER:
-            later = self._later(node, product.rows.layout.outputs)
+            later = self._later(node, product)
             return Site((later,), after=True) if later else Site()
         scales = self._scales(node, product.rows.origin.name)
         if not scales:
@@ -178,24 +181,27 @@ class File:
                 return tuple(scales) if all(self._alone(s, chain) for s in scales) else ()
         return ()
 
-    def _later(self, node: Node, outputs: int) -> str | None:
+    def _later(self, node: Node, product: Product) -> str | None:
         """The weights' scale behind an integer operator: its sums are cast to floats and multiplied by it and another.
 
         Nothing else may read what is in between, or the scale, which is a number or has one for each output.
         """
+        rank, outputs = len(product.rows.weights.shape), product.rows.layout.outputs
+        channels = (outputs, *[1] * (rank - 2)) if node.key == "ConvInteger" else (outputs,)
+        # Weights on the left have their rows along a dimension that a vector lacks, those of a batch along two.
+        each = node.key == "ConvInteger" or (rank == 2 and not product.left)
         cast = self._only(node.outputs[0], "Cast")
-        product = cast and self._only(cast.outputs[0], "Mul")
-        if cast is None or product is None:
+        scaled = cast and self._only(cast.outputs[0], "Mul")
+        if cast is None or scaled is None:
             return None
-        other = next(name for name in (*product.inputs, "") if name != cast.outputs[0])
+        other = next(name for name in (*scaled.inputs, "") if name != cast.outputs[0])
         before = self._producers.get(other)
-        factor = before if before is not None and self._only(other, "Mul") is product else product
+        factor = before if before is not None and self._only(other, "Mul") is scaled else scaled
         for name in factor.inputs if factor.key == "Mul" else ():
             if self._alone(name, [factor]) and self.is_float(name) and (self.array(name) > 0).all():
-                shape = self.array(name).shape
-                channels = (outputs,) if node.key == "MatMulInteger" else (outputs, 1, 1)
-                if self.array(name).size == 1 or shape[-len(channels) :] == channels:
-                    return name if self.array(name).size in (1, outputs) else None
+                size, shape = self.array(name).size, self.array(name).shape
+                if size == 1 or (each and size == outputs and shape[-len(channels) :] == channels):
+                    return name
         return None
 
     def _only(self, name: str, key: str) -> Node | None:
@@ -222,6 +228,12 @@ class File:
             self.model, folder / name, save_as_external_data=True, all_tensors_to_one_file=True, location=data
         )
         return [data, name]
+
+
+def _operand(node: Node, product: Product) -> int:
+    """The input of a node that holds the weights of its product."""
+    candidates = _OPERANDS.get(node.key, _FLOAT_OPERANDS)
+    return min(candidates) if product.left else max(candidates)
 
 
 def _packed(element: Element, values: Array) -> bytes:
