@@ -104,7 +104,8 @@ def test_a_product_of_floats_is_outside_where_the_file_says_so(tmp_path, inside)
     (op,) = certificate.operations
     assert (op.verdict, op.note or op.reason) == ("unproven" if inside else "outside", "its weights 'f' are floats")
     assert disagreements(certificate, path) == []
-    forged = replace(certificate, operations=(Operation("float", "MatMul", "outside"),))
+    forged = Operation("float", "MatMul", "outside", note="its weights 'f' are floats")
+    forged = replace(certificate, operations=(forged,))
     assert bool(disagreements(forged, path)) == inside
 
 

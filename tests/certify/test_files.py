@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from accaware.certify.certificate import Certificate
 from accaware.certify.files import certify_file, file_layers
-from accaware.certify.second import disagreements
+from accaware.certify.second import disagreements, own_word
 from accaware.certify.targets import TARGETS, Target, target
 from accaware.cli import run
 from accaware.formats import Accumulator
@@ -272,6 +272,86 @@ def test_other_widths_belong_to_the_name(tmp_path):
     assert disagreements(replace(certificate, target="int16"), path) == [
         f"{name}: its register is not that of target int16" for name in ("safe", "unsafe")
     ]
+
+
+@pytest.mark.parametrize(
+    "target", ["int32 with nothing=60", "int32 with nothing=60, unsafe=40", "int32 with un*=60, u*=16"]
+)
+def test_other_widths_are_those_of_the_patterns(target, tmp_path):
+    path = mixed(tmp_path)
+    certificate = certify_file(path, TARGETS["int32"])
+    ops = [replace(op, target=Accumulator(60)) if op.name == "unsafe" else op for op in certificate.operations]
+    lie = replace(certificate, operations=tuple(ops), target=target)
+    assert disagreements(lie, path) == [f"unsafe: its register is not that of target {target}"]
+
+
+def test_an_operation_stands_there_once(tmp_path):
+    path = conv(tmp_path, S8([[[3], [-2]]]))
+    certificate = certify_file(path, TARGETS["int32"])
+    (op,) = certificate.operations
+    lie = replace(op, lo=(0,), hi=(100,), bits_needed=8)
+    found = disagreements(replace(certificate, operations=(lie, op)), path)
+    assert found == ["conv: it is in the certificate twice"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("safe", {"kind": "Bogus"}),
+        ("safe", {"method": "certified"}),
+        ("safe", {"note": "certified"}),
+        ("safe", {"sparsity": 0.9}),
+        ("safe", {"zero_channels": 1}),
+        ("safe", {"repaired": 1}),
+        ("safe", {"preload": (1, 1)}),
+        ("safe", {"outer_lo": (1, 1)}),
+        ("float", {"kind": "Bogus"}),
+        ("float", {"reason": "no reason"}),
+        ("add", {"kind": "Bogus"}),
+        ("add", {"note": "adds nothing"}),
+        ("add", {"bits_needed": 1}),
+    ],
+)
+def test_all_that_can_be_derived_is_compared(name, change, tmp_path):
+    path = mixed(tmp_path)
+    certificate = certify_file(path, TARGETS["int32"])
+    assert disagreements(certificate, path) == []
+    ops = [replace(op, **change) if op.name == name else op for op in certificate.operations]
+    ((key, said),) = change.items()
+    (found,) = disagreements(replace(certificate, operations=tuple(ops)), path)
+    assert re.fullmatch(rf"{name}: {key} is .*, not {re.escape(repr(said))}", found), found
+
+
+@pytest.mark.parametrize("kernel", [[2, 2], [3, 5]])
+@pytest.mark.parametrize("type_", [2, 3])
+def test_widths_of_sums_are_derived_anew(kernel, type_, tmp_path):
+    nodes = [
+        node("DequantizeLinear", "x s", "a", "codes"),
+        node("AveragePool", "a", "b", "pool", kernel_shape=kernel),
+        node("Add", "a a", "c", "add"),
+    ]
+    path = save(model(nodes, {"x": (type_, [1, 1, 8, 8])}, {"b": None, "c": None}, {"s": np.float32(0.5)}), tmp_path)
+    certificate = certify_file(path, TARGETS["int32"])
+    assert all(op.bits_needed for op in certificate.operations)
+    assert disagreements(certificate, path) == []
+
+
+def test_what_only_the_certificate_says_of_its_register_is_named(tmp_path, capsys):
+    path, saved = conv(tmp_path, S8([[[3]]])), tmp_path / "c.json"
+    mine = Target("mine", Accumulator(60), bias="outside")
+    note = "note: target 'mine' is in no table: its registers, with biases outside, are the certificate's own word\n"
+    certify_file(path, mine).save(saved)
+    assert run(["check", str(saved), str(path)]) == 0
+    assert capsys.readouterr().out == f"{note}{saved}: agrees with {path}\n"
+    for words in (["--acc-bits", "14"], ["--acc-bits", "14", "--acc-bits", "conv=20"], ["--target", "int16"], []):
+        assert run(["certify", str(path), *words, "--json", str(saved)]) == 0
+        assert own_word(Certificate.load(saved)) is None
+    certificate = certify_file(path, replace(TARGETS["int32"], name="int14", accumulator=Accumulator(14)))
+    (op,) = certificate.operations
+    lies = [{"assumes": "Nothing."}, {"bias": "outside"}, {"target": "int14x"}, {"target": "int15"}]
+    lies.append({"operations": (replace(op, target=Accumulator(60)),), "target": "int14 with nothing=60"})
+    assert own_word(certificate) is None
+    assert all(own_word(replace(certificate, **lie)) for lie in lies)
 
 
 def test_another_file_is_found(tmp_path):

@@ -79,12 +79,14 @@ def check(
 ) -> int:
     """Derive a certificate again, by simpler means, and compare. Exit code 0: it agrees; 1: it does not."""
     from accaware.certify.certificate import Certificate
-    from accaware.certify.second import disagreements
+    from accaware.certify.second import disagreements, own_word
 
     claimed = Certificate.load(certificate)
     found = disagreements(claimed, file)
     for line in found:
         print(line)
+    if (word := own_word(claimed)) is not None:
+        print(f"note: {word}")
     print(f"{certificate}: {'agrees with' if not found else 'DISAGREES with'} {file}")
     return 1 if found else 0
 
@@ -165,7 +167,10 @@ def repair(
     overflow: Overflow = None,
     inputs: Input = None,
     data: Annotated[
-        str | None, _Option(help="A .npz file with a batch for every graph input: errors count as much as they matter.")
+        str | None,
+        _Option(
+            help="An .npz with `images`, or with a batch for every graph input: errors count as much as they matter."
+        ),
     ] = None,
     keep_scales: Annotated[bool, _Option("--keep-scales", help="Change fewer weights, by more.")] = False,
     json: Annotated[str | None, _Option(help="Write the certificate of the repaired file.")] = None,
