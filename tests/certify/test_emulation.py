@@ -390,6 +390,71 @@ def test_codes_that_were_promised_are_checked(tmp_path) -> None:
             emulator.run({"x": np.full((1, 4), wrong)})
 
 
+PRODUCTS = [  # shapes of a product's operands, and which of them are the weights
+    *((a, b, "right") for a, b in (([5], [5, 3]), ([5], [5]), ([2, 5], [5]), ([5], [4, 5, 3]), ([2, 5], [4, 5, 3]))),
+    *((a, b, "left") for a, b in (([3, 5], [5]), ([3, 5], [5, 2]), ([5], [5, 2]), ([5], [5]), ([4, 3, 5], [5]))),
+    *((a, b, "left") for a, b in (([4, 3, 5], [5, 2]), ([3, 5], [4, 5, 2]), ([4, 3, 5], [4, 5, 2]))),
+    ([4, 2, 5], [4, 5, 3], "right"),
+]
+
+
+@pytest.mark.parametrize("kind", ["MatMul", "MatMulInteger", "QLinearMatMul"])
+@pytest.mark.parametrize(("a", "b", "side"), PRODUCTS)
+def test_vectors_and_batches(a, b, side, kind, tmp_path) -> None:
+    """Products of any shapes have that of numpy's, in the graph and on the integer layer."""
+    rng, left = np.random.default_rng(3), side == "left"
+    shapes = {"w": a if left else b, "x": b if left else a}
+    w, x = rng.integers(-99, 99, shapes["w"]).astype(np.int8), rng.integers(0, 256, shapes["x"]).astype(np.uint8)
+    each = (
+        len(shapes["w"]) > 1
+        and kind != "MatMulInteger"
+        and (kind == "MatMul" or (len(shapes["w"]), left) == (2, False))
+    )
+    axis = -2 if left else -1
+    scale = rng.choice([0.5, 1, 2], shapes["w"][axis]).astype(np.float32) if each else np.float32(0.5)
+    constants = {"w": w, "s": scale, "one": np.float32(1), "zx": np.uint8(3), "zw": np.int8(0), "big": np.float32(999)}
+    operands = ["w s zw", "x one zx"] if left else ["x one zx", "w s zw"]
+    nodes = {
+        "MatMul": [
+            node("DequantizeLinear", "w s", "wf", axis=len(shapes["w"]) + axis if each else 0),
+            node("DequantizeLinear", "x one zx", "xf"),
+            node("MatMul", "wf xf" if left else "xf wf", "y"),
+        ],
+        "MatMulInteger": [node("MatMulInteger", "w x zw zx" if left else "x w zx zw", "y")],
+        "QLinearMatMul": [node("QLinearMatMul", f"{' '.join(operands)} big zx", "y")],
+    }
+    types = {"MatMul": TensorProto.FLOAT, "MatMulInteger": TensorProto.INT32, "QLinearMatMul": TensorProto.UINT8}
+    path = save(model(nodes[kind], {"x": (2, shapes["x"])}, {"y": (types[kind], None)}, constants), tmp_path)
+    centred = x.astype(int) - 3
+    real = w * (scale[:, None] if each and left else scale) if kind != "MatMulInteger" else w
+    expected = real @ centred if left else centred @ real
+    if kind == "QLinearMatMul":
+        expected = np.clip(np.rint(expected / 999) + 3, 0, 255)
+    for target in (None, plain(20, overflow="saturate", tile=3)):  # the second one unfolds the input
+        found = Emulator(path, target).run({"x": x})
+        assert not found.left
+        assert found.outputs["y"].shape == expected.shape
+        assert np.abs(found.outputs["y"] - expected).max() < 1e-3
+
+
+def test_products_of_vectors_or_matrices_run_as_they_are(tmp_path) -> None:
+    """Where nobody knows which, a scale of each row has no place."""
+    nodes = [
+        node("DequantizeLinear", "w s", "wf", axis=0),
+        node("Reshape", "x shape", "r"),
+        node("DequantizeLinear", "r one", "xf"),
+        node("MatMul", "wf xf", "y", "product"),
+    ]
+    constants = {"w": np.ones((3, 4), np.int8), "s": np.float32([1, 2, 4]), "one": np.float32(1)}
+    inputs = {"x": (2, [4]), "shape": (TensorProto.INT64, ["n"])}
+    path = save(model(nodes, inputs, {"y": None}, constants), tmp_path)
+    for shape in ([4], [4, 1]):
+        feeds = {"x": np.arange(4, dtype=np.uint8), "shape": np.array(shape)}
+        found = Emulator(path, TARGETS["int32"]).run(feeds)
+        assert found.left == {"product": "whether its input is a vector or a matrix is not known"}
+        assert found.outputs["y"].tolist() == (np.array([6, 12, 24]).reshape(3, *shape[1:])).tolist()
+
+
 def test_ties_round_as_in_onnxruntime(tmp_path) -> None:
     """Sums halfway between two codes: the scales must be multiplied in the same order."""
     x, w = np.arange(256, dtype=np.uint8)[:, None], np.arange(-31, 32, dtype=np.int8)[None]

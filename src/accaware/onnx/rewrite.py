@@ -181,6 +181,7 @@ class _Sums:
         self.floats = self.kind in ("Conv", "ConvTranspose", "MatMul", "Gemm")
         origin = product.rows.origin
         self.weights = origin.replay(product.rows.restore(product.rows.centred()))
+        self.channels = self._channels(2 if "Gemm" in self.kind else writer.rank(self.input(self.at.x)))
         has_bias = product.bias is not None
         self.starts = has_bias and fold.bias  # the register starts from it
         self.bias = product.bias if product.bias is not None else np.zeros(1, np.int64)
@@ -339,11 +340,22 @@ class _Sums:
         """Values of every row, [R] or one, to broadcast over the output."""
         if values.size == 1:
             return values.reshape(())
-        rank = self.weights.ndim
+        phases, batch = self.product.rows.layout.phases, () if self.convolves else self.weights.shape[:-2]
+        return values[::phases].reshape(*batch, *self.channels)
+
+    def _channels(self, rank: int | None) -> tuple[int, ...]:
+        """The shape of one value for every channel, or every row of a matrix, to broadcast over the output.
+
+        rank: of the input, None where it is not known. Raises `UnreadableError` where that matters: the output for a
+        vector has a dimension less.
+        """
         if self.convolves:
-            return values[:: self.product.rows.layout.phases].reshape(-1, *[1] * (rank - 2))
-        batch = self.weights.shape[:-2]
-        return values.reshape(*batch, *((-1, 1) if self.product.left else (1, -1) if batch else (-1,)))
+            return -1, *[1] * (self.weights.ndim - 2)
+        if self.weights.ndim < (2 if self.product.left else 3) or rank == 1:
+            return (-1,)
+        if rank is None:
+            raise UnreadableError("whether its input is a vector or a matrix is not known")
+        return (-1, 1) if self.product.left else (1, -1)
 
     # What comes out.
 
@@ -390,8 +402,8 @@ class _Sums:
             scale = self._scalar(unit)
             if self.kind == "QGemm" and self.attributes.get("alpha", 1.0) != 1:
                 scale = add("Mul", constant(self.attributes["alpha"]), scale)
-            shape = self._along(np.arange(rows.count)).shape if self.writer.size(given) != 1 else ()
-            return add("Mul", scale, add("Reshape", given, constant([-1 if n > 1 else 1 for n in shape], np.int64)))
+            shape = self.channels if self.writer.size(given) != 1 else ()
+            return add("Mul", scale, add("Reshape", given, constant(shape, np.int64)))
         assert rows.scale is not None
         if act is None:
             return add("Mul", self._scalar(unit), constant(self._along(rows.scale)))

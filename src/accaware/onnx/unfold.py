@@ -48,11 +48,11 @@ def _matrix(product: Product, x: Integers, compute: Sums) -> Array:
         which = np.broadcast_to(np.arange(int(np.prod(batch))).reshape(batch), x.shape[:-2])
         for place in np.ndindex(*x.shape[:-2]):
             out[place] = compute(which[place] * count + np.arange(count), x[place])
-    if len(shape) == 1:
-        out = out[..., 0]
-    elif product.left:
+    if vector:
+        out = out[..., 0, :]
+    elif product.left and len(shape) > 1:
         out = out.swapaxes(-1, -2)
-    return out[..., 0, :] if vector and not product.left and len(shape) > 1 else out[0] if vector else out
+    return out[..., 0] if len(shape) == 1 else out
 
 
 def _convolution(
