@@ -13,8 +13,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Raises `OSError`, with the path, and leaves what was there.
     """
     data = content.encode() if isinstance(content, str) else content
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    beside = None
     try:
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -24,7 +25,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        if os.path.exists(beside):
+        if beside is not None and os.path.exists(beside):
             os.unlink(beside)
 
 

@@ -39,6 +39,8 @@ def test_they_are_those_of_the_real_inputs(tmp_path) -> None:
     np.testing.assert_allclose(found["conv"], (x.astype(np.float64) ** 2).mean(axis=(0, 2, 3)))
     codes = run(made(), {"x": x}, ["f"])["f"].astype(np.float64) - 9
     np.testing.assert_allclose(found["product"], (codes**2).mean(axis=0))
+    np.savez(tmp_path / "data.npz", images=x)
+    assert all((mean_squares(path, tmp_path / "data.npz")[name] == found[name]).all() for name in found)
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,14 @@ def mean_squares(path: str | Path, data: str | Path) -> dict[str, NDArray[np.flo
     """E[x^2] of the inputs of every operation that multiplies, by its name: float64 [C], by input channel.
 
     x: the value (the code less its zero point, for operators on codes), averaged over rows and positions of the arrays
-    [N, ...] of `data` (.npz), one for each graph input by its name. Operations within subgraphs are left out, and those
-    whose first input is constant. Raises `OSError`, or `ValueError`, one line, for data that does not fit the graph and
-    for a file that onnxruntime cannot run.
+    [N, ...] of `data` (.npz), one for each graph input by its name; that of the only one may be called `images`.
+    Operations within subgraphs are left out, and those whose first input is constant. Raises `OSError`, or
+    `ValueError`, one line, for data that does not fit the graph and for a file that onnxruntime cannot run.
     """
-    arrays = _arrays(data)
-    nodes = [node for node in load(path).graph.nodes if node.kind in _PRODUCTS and node.inputs]
+    arrays, graph = _arrays(data), load(path).graph
+    if len(graph.inputs) == 1 and "images" in arrays:
+        arrays[next(iter(graph.inputs))] = arrays.pop("images")
+    nodes = [node for node in graph.nodes if node.kind in _PRODUCTS and node.inputs]
     model = message(path)
     tensors = dict.fromkeys(name for node in nodes for name in _inputs(node))
     constants = {tensor.name for tensor in model.graph.initializer}
