@@ -15,7 +15,7 @@ from accaware.onnx import wire
 from accaware.onnx.graph import load
 from accaware.onnx.read import read
 from onnx_fuzz import W, small
-from onnx_helpers import node, only, read_model, save, tensor
+from onnx_helpers import node, only, read_model, run, save, tensor
 
 
 def refused(made, folder, match):
@@ -65,6 +65,43 @@ def changed(change):
 )
 def test_impossible_graphs(change, match, tmp_path) -> None:
     refused(changed(change), tmp_path, match)
+
+
+def test_attributes_that_runtimes_refuse(tmp_path) -> None:
+    made = small()
+    made.graph.node[3].attribute.extend(helper.make_attribute("transA", i) for i in (0, 1))
+    refused(made, tmp_path, "two attributes 'transA'")
+    body = helper.make_graph([], "body", [], [])
+    made = small(nodes=[*small().graph.node, node("If", "c", "", then_branch=body)], c=np.array(True))
+    made.graph.node[-1].attribute[0].ClearField("type")
+    refused(made, tmp_path, "has no type")
+
+
+def called(domain, name, opset=17):
+    """A model with a local function, which adds, and a call of it in the place of its product."""
+    made = small()
+    opsets = [helper.make_opsetid("", opset)]
+    made.functions.append(helper.make_function(domain, name, ["a", "b"], ["c"], [node("Add", "a a", "c")], opsets))
+    del made.graph.node[3]
+    made.graph.node.extend([node(name, "d f", "y", domain=domain), node("Gemm", "d f", "y2")])
+    if domain:
+        made.opset_import.append(helper.make_opsetid(domain, 1))
+    return made
+
+
+def test_functions_that_hide_an_operator_are_refused(tmp_path) -> None:
+    """onnxruntime runs its own MatMul, whatever the function of that name does."""
+    made = called("", "MatMul")
+    values = run(made, {"x": np.full((2, 6), 9, np.float32)}, ["d", "f", "y"])
+    assert (values["y"] == values["d"] @ values["f"]).all()
+    for domain, name in (("", "MatMul"), ("ai.onnx", "Relu"), ("com.microsoft", "Gelu"), ("qonnx", "DebugMarker")):
+        refused(called(domain, name), tmp_path, f"'{name}' is in domain '{domain}'")
+    assert [op.kind for op in read_model(called("local", "MatMul"), tmp_path).operations] == ["Add", "Gemm"]
+
+
+def test_functions_that_stay_calls_are_refused(tmp_path) -> None:
+    """onnx leaves those of other versions where they are; here the call would read as Gelu, which adds nothing."""
+    refused(called("com", "microsoft.Gelu", opset=16), tmp_path, "of another version")
 
 
 def test_names_that_are_no_text(tmp_path) -> None:

@@ -42,6 +42,7 @@ T = TypeVar("T")
 Shape = tuple[int | None, ...]
 
 _MOST_NODES = 2**20
+_BUILT_IN = ("ai.onnx", "com.microsoft", "com.ms.", "org.pytorch.aten")  # how domains of operators begin
 QONNX = ("qonnx.custom_op.general", "onnx.brevitas", "finn.custom_op.general", "finn", "qonnx")
 
 
@@ -101,10 +102,13 @@ class Graph:
     producers: dict[str, Node] = field(default_factory=dict)
     consumers: dict[str, list[Node]] = field(default_factory=dict)
 
+    def defines(self, name: str) -> bool:
+        """Whether a tensor is defined here, and not in a graph around."""
+        return name in self.inputs or name in self.constants or name in self.producers
+
     def sees(self, name: str) -> bool:
         """Whether a node may read this tensor: defined before it, here or in a graph around."""
-        here = name in self.inputs or name in self.constants or name in self.producers
-        return here or (self.parent is not None and self.parent.sees(name))
+        return self.defines(name) or (self.parent is not None and self.parent.sees(name))
 
     def walk(self) -> Iterable[Node]:
         """Every node, each before those of its subgraphs."""
@@ -119,7 +123,8 @@ class Model:
     """A loaded file. bytes: its size, with its external data. opsets: version by domain. metadata: its properties.
 
     sha256: of the file, or, with external data, of the file followed, for every data file in the order of their names,
-    by that name, a zero byte and its own SHA-256.
+    by that name, a zero byte and its own SHA-256. defaults: inputs that have an initializer, of which a run may feed
+    another value (in the first versions of the format it may not).
     """
 
     path: Path
@@ -128,6 +133,7 @@ class Model:
     opsets: Mapping[str, int]
     metadata: Mapping[str, str]
     graph: Graph
+    defaults: tuple[str, ...] = ()
 
 
 def load(path: str | Path) -> Model:
@@ -152,8 +158,9 @@ def load(path: str | Path) -> Model:
     except (ValueError, DecodeError, RecursionError, UnicodeError) as error:
         reason = "not an ONNX model" if isinstance(error, DecodeError) else error
         raise ValueError(f"{path}: {' '.join(str(reason).split())[:500]}") from error
+    defaults = tuple(i.name for i in model.graph.input if i.name in graph.constants) if model.ir_version > 3 else ()
     size = len(buffer) + sum(map(len, reader.files.values()))
-    return Model(path, size, digest.hexdigest(), opsets, metadata, graph)
+    return Model(path, size, digest.hexdigest(), opsets, metadata, graph, defaults)
 
 
 def message(path: str | Path) -> ModelProto:
@@ -175,19 +182,39 @@ def _mapped(path: Path) -> memoryview:
 
 
 def inlined(model: ModelProto) -> ModelProto:
-    """The model with the bodies of its local functions in place of their calls."""
+    """The model with the bodies of its local functions in place of their calls.
+
+    Raises `ValueError` for a function that has the name of an operator, which runtimes may prefer, and for a call that
+    cannot be replaced.
+    """
     if not model.HasField("graph"):
         raise ValueError("the file has no graph")
     functions = {(f.domain, f.name): f for f in model.functions}
     if not functions:
         return model
+    for domain, name in functions:
+        if not domain or domain in QONNX or domain.startswith(_BUILT_IN):
+            raise ValueError(f"its local function '{name}' is in domain '{domain}', which is one of operators")
     counts: dict[tuple[str, str], int] = {}
     if _expanded(model.graph.node, functions, counts, 0) > _MOST_NODES:
         raise ValueError(f"its local functions expand to more than {_MOST_NODES} nodes")
     try:
-        return inliner.inline_local_functions(model)
+        made = inliner.inline_local_functions(model)
     except Exception as error:  # whatever the C++ code throws at a broken model
         raise ValueError(f"its local functions cannot be inlined: {error}") from error
+    # Without a word, a function of another version of the operators stays a call.
+    if left := next((n for n in _every(made.graph.node) if (n.domain, n.op_type) in functions), None):
+        raise ValueError(f"its local function '{left.op_type}' cannot be inlined: its operators are of another version")
+    return made
+
+
+def _every(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:
+    """These nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _every(body.node)
 
 
 def unique_name(node: NodeProto, taken: dict[str, int]) -> str:
@@ -265,8 +292,13 @@ class _Reader:
                 raise ValueError(f"node '{name}' reads '{tensor}', which nothing before it computes")
         attributes: dict[str, Any] = {}
         bodies: dict[str, Graph] = {}
+        names: set[str] = set()
         for attribute in message.attribute:
-            _text(attribute.name)
+            if _text(attribute.name) in names:
+                raise ValueError(f"node '{name}' has two attributes '{attribute.name}'")
+            names.add(attribute.name)
+            if attribute.type == AttributeProto.UNDEFINED:
+                raise ValueError(f"attribute '{attribute.name}' of node '{name}' has no type")
             if attribute.type == AttributeProto.GRAPH:
                 bodies[attribute.name] = self.graph(attribute.g, graph)
             elif attribute.type == AttributeProto.GRAPHS:
