@@ -97,7 +97,7 @@ def _product(
     for found in (scale, act_scale):
         if found is not None and not (np.isfinite(found) & (found > 0)).all():
             raise UnreadableError("one of its scales is not a positive number")
-    start, note = _bias(bias, bias_factor, rows, act_scale)
+    start, note = _bias(bias, bias_factor, rows, act_scale, on_codes=dialect == "qoperator")
     if dialect != "qoperator":
         dialect = (
             "qcdq" if "qcdq" in (weights.dialect, codes.dialect) else weights.dialect or codes.dialect or "integer"
@@ -168,15 +168,18 @@ def _input_scale(codes: Codes, layout: Layout, rank: int) -> NDArray[np.float64]
 
 
 def _bias(
-    bias: Fact | None, factor: float, rows: Rows, act_scale: NDArray[np.float64] | None
+    bias: Fact | None, factor: float, rows: Rows, act_scale: NDArray[np.float64] | None, *, on_codes: bool
 ) -> tuple[Integers | None, str]:
-    """The integers that the operator starts from, and a note where it has a bias that is none."""
+    """The integers that the operator starts from, and a note where it has a bias that is none.
+
+    on_codes: the operator adds integers only. Raises `UnreadableError` where those are not constant.
+    """
     if bias is None:
         return None, ""
     codes = integers(bias) or bias
     outside = "its bias is added outside the register"
     if not isinstance(codes, Codes) or codes.values is None or isinstance(codes.zero, IntFormat):
-        if isinstance(codes, Codes) and codes.type is not None:
+        if on_codes or (isinstance(codes, Codes) and codes.type is not None):
             raise UnreadableError("its bias is not constant")
         return None, outside
     layout, values = rows.layout, codes.values.small

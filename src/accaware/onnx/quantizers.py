@@ -84,6 +84,8 @@ def _zero(call: Call, index: int) -> Reals64 | IntFormat:
     fact = call.fact(index)
     values = constant(fact)
     if values is not None:
+        if values.ndim > 1 and values.size > 1:
+            raise UnreadableError("its zero-point varies in blocks, or from matrix to matrix")
         return parameter(values, "zero-point")[0]
     codes = integers(fact)
     if codes is None:
