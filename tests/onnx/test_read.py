@@ -544,6 +544,50 @@ def test_operators_on_codes(tmp_path) -> None:
     check_sums(made, network, {"x": RNG.integers(0, 256, (3, 6), np.uint8)})
 
 
+@pytest.mark.parametrize("kind", ["QLinearConv", "QGemm"])
+def test_a_bias_of_run_time_is_in_the_register(kind, tmp_path) -> None:
+    inputs = {"QLinearConv": "x s z w s i s z a", "QGemm": "x s z w s i a s z"}[kind]
+    shape = [1, 1, 1, 1] if kind == "QLinearConv" else [1, 1]
+    domain = "com.microsoft" if kind == "QGemm" else ""
+    made = model(
+        [node("Abs", "b", "a"), node(kind, inputs, "y", domain=domain)],
+        {"x": (TensorProto.UINT8, shape), "b": (TensorProto.INT32, [1])},
+        {"y": (TensorProto.UINT8, None)},
+        {**GRID, "w": np.full(shape, 127, np.int8), "i": scalar(0, np.int8)},
+        extra=[("com.microsoft", 1)],
+    )
+    (op,) = read_model(made, tmp_path).operations
+    assert isinstance(op, Unproven)
+    assert op.reason == "its bias is not constant"
+    x = np.full(shape, 255, np.uint8)
+    assert run(made, {"x": x, "b": np.array([2**31 - 1], np.int32)}, ["y"])["y"].item() == 0  # it wrapped around
+
+
+def test_values_that_a_run_may_feed(tmp_path) -> None:
+    made = qdq(ints(6, 4), [DQ, node("MatMul", "d f", "y")], [5, 6])
+    made.graph.input.append(helper.make_tensor_value_info("w", TensorProto.INT8, [6, 4]))
+    assert only(read_model(made, tmp_path)).note == "presumes that no run feeds another value to 'w'"
+    values = run(made, {**feeds([5, 6]), "w": np.zeros((6, 4), np.int8)}, ["y"])
+    assert not values["y"].any()
+    made.ir_version = 3  # inputs are all that this version has
+    assert only(read_model(made, tmp_path)).note == ""
+
+
+def test_shapes_that_nobody_checks(tmp_path) -> None:
+    """What a file says of the shapes between nodes may be wrong; onnxruntime warns and goes on."""
+    nodes = [node("Identity", "d", "i"), node("GlobalAveragePool", "i", "p"), DQ, node("Conv", "p f", "y")]
+    made = qdq(ints(1, 1, 1, 1), nodes, [1, 1, 2, 2])
+    made.graph.value_info.append(helper.make_tensor_value_info("i", 1, [1, 1, 1, 2]))
+    assert "no known codes" in read_model(made, tmp_path).unproven[0].reason
+    assert run(made, feeds([1, 1, 2, 2]), ["p"])["p"].shape == (1, 1, 1, 1)
+    made.graph.node[3].input[0] = "d"  # of no shape in the file, and none of an input
+    assert read_model(made, tmp_path).unproven
+    nodes = [node("GlobalAveragePool", "x", "p"), DQ, node("Conv", "p f", "y")]
+    made = model(nodes, {"x": [1, 1, 2, 2]}, {"y": None}, {"w": ints(1, 1, 1, 1), "ws": scalar(0.5)})
+    (product,) = read_model(made, tmp_path, dict([parse_input("x=uint4")])).products
+    assert product.codes == IntFormat(0, 60)
+
+
 @pytest.mark.parametrize("zero", [None, 7])
 def test_contributed_operators_that_quantize_at_run_time(zero, tmp_path) -> None:
     wz = "" if zero is None else "wz"

@@ -2,6 +2,8 @@
 
 A tensor of codes holds scale * (code - zero) with integer codes in [lo, hi]. That is a dequantized tensor, and with
 scale 1 and zero 0 an integer-typed one. Where it is constant too, it is a tensor of quantized weights.
+
+Float operations round. By how much is carried along: codes have an error, and the ends of an interval move outward.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from accaware.onnx.graph import Node, Shape
 from accaware.onnx.tensors import Array, Constant, UnreadableError
 
 Reals64 = NDArray[np.float64]
+Floats = np.dtype[Any]
 
 ONE: Reals64 = np.float64(1).reshape(())
 ZERO: Reals64 = np.float64(0).reshape(())
@@ -26,13 +29,14 @@ ZERO: Reals64 = np.float64(0).reshape(())
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """value = scale * (code - zero), code an integer in [lo, hi].
+    """value = scale * (code - zero + e), code an integer in [lo, hi] and |e| <= error.
 
     scale: float64, one number [], or [n] along dimension `axis` (negative: counted from the last); None where it is
     only known at run time. zero: the same, or the range of one zero-point that is only known at run time. type: the
     integers of an integer-typed tensor, whose arithmetic wraps around and whose scale is 1 and zero 0; None for a
     float tensor. stored: of a float tensor, the type that its codes had before; None where they had none. values: the
-    codes of a constant tensor. dialect: who wrote the quantizer.
+    codes of a constant tensor. dialect: who wrote the quantizer. error: what the float operations after the quantizer
+    have rounded away, in codes; from 0.5 on the codes are lost. floats: the type of a float tensor, where it is known.
     """
 
     lo: int
@@ -44,6 +48,8 @@ class Codes:
     values: Constant | None = None
     dialect: str = ""
     stored: IntFormat | None = None
+    error: float = 0.0
+    floats: Floats | None = None
 
     @property
     def per_axis(self) -> bool:
@@ -72,11 +78,15 @@ def _is(parameter: Reals64 | IntFormat | None, number: int) -> bool:
 
 @dataclass(frozen=True)
 class Reals:
-    """A tensor whose values are no known codes, because of `reason`; they lie in [lo, hi] if they are numbers."""
+    """A tensor whose values are no known codes, because of `reason`; they lie in [lo, hi] if they are numbers.
+
+    floats: their type, where it is known.
+    """
 
     reason: str
     lo: float = -math.inf
     hi: float = math.inf
+    floats: Floats | None = None
 
 
 Fact = Codes | Reals | Constant
@@ -84,11 +94,16 @@ Fact = Codes | Reals | Constant
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A node and what is known of its inputs. shape: the dimensions of a tensor, where the file gives them."""
+    """A node and what is known of its inputs.
+
+    shape: the dimensions of a tensor, where the file gives them, which is good for a report. known: those that hold in
+    every run: of the model's own inputs, which runtimes check.
+    """
 
     node: Node
     facts: Sequence[Fact | None]
     shape: Callable[[str], Shape | None]
+    known: Callable[[str], Shape | None]
 
     def has(self, index: int) -> bool:
         """Whether the optional input is there."""
@@ -126,11 +141,13 @@ def constant(fact: Fact) -> Array | None:
     """The values of a small constant; None for anything else."""
     if isinstance(fact, Codes) and fact.values is not None:
         codes = fact.values.small
+        if fact.error:
+            return None
         if fact.plain:
             return codes
-        if fact.scale is None or isinstance(fact.zero, IntFormat) or fact.per_axis:
+        if fact.scale is None or isinstance(fact.zero, IntFormat) or fact.per_axis or fact.floats is None:
             return None
-        return np.asarray(fact.scale * (codes - fact.zero))
+        return np.asarray(fact.scale * (codes - fact.zero), fact.floats)
     if not isinstance(fact, Constant):
         return None
     array = fact.small
@@ -142,7 +159,7 @@ def constant(fact: Fact) -> Array | None:
 def integers(fact: Fact, dialect: str = "") -> Codes | None:
     """An integer tensor as codes with scale 1 and zero 0; None where it is none."""
     if isinstance(fact, Codes):
-        return fact if fact.plain else None
+        return fact if fact.plain and not fact.error else None
     if isinstance(fact, Constant) and fact.codes is not None:
         return Codes(fact.codes.lo, fact.codes.hi, ONE, type=fact.codes, values=fact, dialect=dialect)
     return None
@@ -159,8 +176,65 @@ def interval(fact: Fact) -> tuple[float, float]:
         return float(array.min()), float(array.max())
     if fact.scale is None or isinstance(fact.zero, IntFormat):
         return -math.inf, math.inf
-    ends = [fact.scale * (fact.lo - fact.zero), fact.scale * (fact.hi - fact.zero)]
-    return float(np.min(ends)), float(np.max(ends))
+    lo, hi = fact.scale * (fact.lo - fact.zero - fact.error), fact.scale * (fact.hi - fact.zero + fact.error)
+    if fact.values is not None and fact.type is None and fact.floats:  # rounded once, which is no error of its codes
+        return outward(lo, hi, fact.floats)
+    return float(np.min(lo)), float(np.max(hi))
+
+
+def floats_of(*facts: Fact | None) -> Floats | None:
+    """The type of float tensors, the coarsest of several; None where none is known."""
+    types = [f.dtype if isinstance(f, Constant) else f.floats for f in facts if f is not None]
+    return max((t for t in types if t is not None and t.kind == "f"), key=unit, default=None)
+
+
+def unit(floats: Floats | None) -> float:
+    """How much of a result an operation of this type can round away; infinite where the type is not known."""
+    # What is computed here is computed in float64, and no more exact than that.
+    return math.inf if floats is None else max(float(np.finfo(floats).eps) / 2, 2.0**-48)
+
+
+def outward(
+    lo: Any, hi: Any, floats: Floats | None, operations: int = 1, beside: tuple[Any, Any] = (0.0, 0.0)
+) -> tuple[float, float]:
+    """The interval of what float operations make of exact results in [lo, hi]; arrays give the widest.
+
+    Rounding is monotone, so that the ends bound everything between. beside: the absolute values that meet on the way to
+    either end, where they exceed the end itself. What is too large for the type is infinite, and 0 is 0.
+    """
+    u = unit(floats) * operations
+    tiny, largest = (0.0, math.inf) if floats is None else map(float, (_smallest(floats), np.finfo(floats).max))
+
+    def moved(end: Any, more: Any, sign: int) -> Any:
+        size = np.abs(end) + more
+        slack = np.where(size == 0, 0.0, (u if u <= 0.5 else math.inf) * size + operations * tiny)
+        return np.where(np.isinf(end), end, np.where(size + slack > largest, sign * math.inf, end + sign * slack))
+
+    return float(np.min(moved(lo, beside[0], -1))), float(np.max(moved(hi, beside[1], 1)))
+
+
+def _smallest(floats: Floats) -> Any:
+    return np.finfo(floats).smallest_subnormal
+
+
+def rounded(fact: Codes, floats: Floats | None, operations: int = 1, beside: float = 0.0) -> Codes:
+    """Codes after float operations whose exact result they are: exact where that is exact, else with a larger error.
+
+    beside: as in `outward`, in codes.
+    """
+    fact = replace(fact, floats=floats)
+    if fact.scale is None or isinstance(fact.zero, IntFormat):
+        return fact
+    if floats is None:
+        return replace(fact, error=math.inf)
+    far = np.maximum(np.abs(fact.lo - fact.zero), np.abs(fact.hi - fact.zero)) + fact.error + beside
+    if not (fact.scale * far <= np.finfo(floats).max).all():
+        return replace(fact, error=math.inf)
+    grid = (np.frexp(fact.scale)[0] == 0.5) & (fact.scale >= _smallest(floats)) & (np.rint(fact.zero) == fact.zero)
+    if not fact.error and (grid & (far * float(np.finfo(floats).eps) <= 2)).all():  # integers of these have no rounding
+        return fact
+    lost = operations * (unit(floats) * far + _smallest(floats) / fact.scale)
+    return replace(fact, error=fact.error + float(np.max(lost)))
 
 
 def parameter(array: Array, what: str) -> tuple[Reals64, int]:
@@ -184,8 +258,8 @@ def common_axis(rank: int | None, *parameters: tuple[Reals64, int]) -> int:
     return axes.pop() if axes else 0
 
 
-def affine(fact: Fact, factor: Array, offset: Array) -> Fact:
-    """factor * x + offset for constants that broadcast over x."""
+def affine(fact: Fact, factor: Array, offset: Array, floats: Floats | None = None) -> Fact:
+    """factor * x + offset, of which one does something, for constants that broadcast over x; computed in `floats`."""
     if isinstance(fact, Codes) and fact.type is not None:
         return _integer_affine(fact, factor, offset)
     if isinstance(fact, Codes) and fact.scale is not None and not isinstance(fact.zero, IntFormat):
@@ -199,12 +273,14 @@ def affine(fact: Fact, factor: Array, offset: Array) -> Fact:
             scale = fact.scale * a
             if not (np.isfinite(scale) & (scale != 0)).all():
                 raise UnreadableError("its scale overflows")
-            moved = replace(fact, scale=scale, zero=fact.zero - b / scale, axis=axis)
-            return moved if (scale > 0).all() else _flipped(moved)
-    lo, hi = interval(fact)
-    ends = [np.nan_to_num(factor * end, nan=0, posinf=math.inf, neginf=-math.inf) + offset for end in (lo, hi)]
+            zero = fact.zero - b / scale
+            exact = np.array_equal((fact.zero - zero) * scale, b + 0 * zero)
+            error = fact.error if exact else fact.error + float(np.max(np.spacing(np.abs(zero) + np.abs(fact.zero))))
+            moved = replace(fact, scale=scale, zero=zero, axis=axis, error=error)
+            return rounded(moved if (scale > 0).all() else _flipped(moved), floats)
+    ends = [np.nan_to_num(factor * end, nan=0, posinf=math.inf, neginf=-math.inf) + offset for end in interval(fact)]
     reason = fact.reason if isinstance(fact, Reals) else "its codes are scaled in a way that leaves no integers"
-    return Reals(reason, float(np.min(ends)), float(np.max(ends)))
+    return Reals(reason, *outward(np.minimum(*ends), np.maximum(*ends), floats), floats)
 
 
 def _flipped(fact: Codes) -> Codes:
@@ -224,30 +300,33 @@ def _integer_affine(fact: Codes, factor: Array, offset: Array) -> Codes:
 
 
 def clipped(fact: Fact, low: float, high: float) -> Fact:
-    """min(max(x, low), high)."""
+    """min(max(x, low), high). Raises `UnreadableError` for a bound that is no number."""
+    if math.isnan(low) or math.isnan(high):
+        raise UnreadableError("a bound is no number")
     if isinstance(fact, Codes):
         codes = _clipped_codes(fact, low, high)
         if codes is not None:
             return codes
     lo, hi = (min(max(end, low), high) for end in interval(fact))
     reason = fact.reason if isinstance(fact, Reals) else "it is clipped between two codes, or is a float constant"
-    return Reals(reason, lo, hi)
+    return Reals(reason, lo, hi, floats_of(fact))
 
 
 def _clipped_codes(fact: Codes, low: float, high: float) -> Codes | None:
-    """The codes of a clipped tensor; None where a bound that matters is no code."""
-    if fact.scale is None or isinstance(fact.zero, IntFormat):
+    """The codes of a clipped tensor; None where they are lost or a bound that matters is no code."""
+    if fact.scale is None or isinstance(fact.zero, IntFormat) or not fact.error < 0.5:
         return None
-    lo, hi = fact.lo, fact.hi
+    lo, hi, error = fact.lo, fact.hi, fact.error
     bounds: list[tuple[int, int] | None] = []
     for bound, all_inside in ((low, interval(fact)[0] >= low), (high, interval(fact)[1] <= high)):
-        if all_inside or not math.isfinite(bound):
+        if all_inside:
             bounds.append(None)
             continue
-        code = np.atleast_1d(bound / fact.scale + fact.zero)
-        if np.abs(code - np.rint(code)).max() > 1e-5 or np.abs(code).max() > 2**53:
+        found = _code(fact.scale, fact.zero, bound)
+        if found is None:
             return None
-        bounds.append((int(np.rint(code.min())), int(np.rint(code.max()))))
+        bounds.append(found[:2])
+        error = max(error, found[2])
     if bounds[0]:
         lo, hi = max(lo, bounds[0][0]), max(hi, bounds[0][1])
     if bounds[1]:
@@ -258,21 +337,30 @@ def _clipped_codes(fact: Codes, low: float, high: float) -> Codes | None:
             return None
         values = values.computed(IntFormat(lo, hi), lambda block, _: np.clip(block, lo, hi), values.dtype)
     dialect = "qcdq" if fact.dialect == "qdq" and fact.type is not None else fact.dialect
-    return replace(fact, lo=lo, hi=hi, values=values, dialect=dialect)
+    return replace(fact, lo=lo, hi=hi, values=values, dialect=dialect, error=error)
+
+
+def _code(scale: Reals64, zero: Reals64, value: float) -> tuple[int, int, float] | None:
+    """The smallest and the largest code that a number is along an axis, and how far it is off; None for no code."""
+    code = np.atleast_1d(value / scale + zero)
+    whole = np.rint(code)
+    off = float(np.abs(code - whole).max())
+    # Larger ones are not exact in float64, in which the number came.
+    return (int(whole.min()), int(whole.max()), off) if off <= 1e-5 and np.abs(whole).max() < 2**53 else None
 
 
 def with_value(fact: Fact, value: float) -> Fact:
     """A tensor that holds this value too."""
     lo, hi = interval(fact)
     if isinstance(fact, Codes) and fact.scale is not None and not isinstance(fact.zero, IntFormat):
-        code = np.atleast_1d(value / fact.scale + fact.zero)
-        whole = np.rint(code)
-        if np.abs(code - whole).max() <= 1e-5 and np.abs(whole).max() < 2**53:
-            return replace(fact, lo=min(fact.lo, int(whole.min())), hi=max(fact.hi, int(whole.max())), values=None)
+        found = _code(fact.scale, fact.zero, value)
+        if found is not None:
+            error = max(fact.error, found[2])
+            return replace(fact, lo=min(fact.lo, found[0]), hi=max(fact.hi, found[1]), values=None, error=error)
     if isinstance(fact, Codes) and value == 0 and isinstance(fact.zero, IntFormat):
         return replace(fact, lo=min(fact.lo, fact.zero.lo), hi=max(fact.hi, fact.zero.hi), values=None)
     reason = fact.reason if isinstance(fact, Reals) else f"it is padded with {value}, which is no code"
-    return Reals(reason, min(lo, value), max(hi, value))
+    return Reals(reason, min(lo, value), max(hi, value), floats_of(fact))
 
 
 def union(facts: Sequence[Fact]) -> Fact:
@@ -280,10 +368,11 @@ def union(facts: Sequence[Fact]) -> Fact:
     first = facts[0]
     if isinstance(first, Codes) and all(isinstance(f, Codes) and _same_grid(first, f) for f in facts):
         codes: list[Any] = list(facts)
-        return replace(first, lo=min(c.lo for c in codes), hi=max(c.hi for c in codes), values=None)
+        lo, hi = min(c.lo for c in codes), max(c.hi for c in codes)
+        return replace(first, lo=lo, hi=hi, values=None, error=max(c.error for c in codes), floats=floats_of(*facts))
     spans = [interval(fact) for fact in facts]
     reason = next((f.reason for f in facts if isinstance(f, Reals)), "it joins tensors of different scales")
-    return Reals(reason, min(lo for lo, _ in spans), max(hi for _, hi in spans))
+    return Reals(reason, min(lo for lo, _ in spans), max(hi for _, hi in spans), floats_of(*facts))
 
 
 def _same_grid(a: Codes, b: Codes) -> bool:

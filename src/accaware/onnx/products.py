@@ -130,6 +130,9 @@ def _operands(call: Call, x: Fact, w: Fact) -> tuple[Codes, Codes]:
         raise UnreadableError(f"its input '{codes.origin.name}' is a float constant")
     if isinstance(codes, Reals):
         raise UnreadableError(f"its input has no known codes: {codes.reason}")
+    for what, found in (("weights", weights), ("input", codes)):
+        if not found.error < 0.5:
+            raise UnreadableError(f"floats round its {what} by more than half of what lies between two codes")
     return weights, codes
 
 
@@ -178,7 +181,7 @@ def _bias(
         return None, ""
     codes = integers(bias) or bias
     outside = "its bias is added outside the register"
-    if not isinstance(codes, Codes) or codes.values is None or isinstance(codes.zero, IntFormat):
+    if not isinstance(codes, Codes) or codes.values is None or isinstance(codes.zero, IntFormat) or codes.error >= 0.5:
         if on_codes or (isinstance(codes, Codes) and codes.type is not None):
             raise UnreadableError("its bias is not constant")
         return None, outside

@@ -19,13 +19,17 @@ from accaware.onnx.facts import (
     Call,
     Codes,
     Fact,
+    Floats,
     Reals,
     Reals64,
     common_axis,
     constant,
+    floats_of,
     integers,
     interval,
     parameter,
+    rounded,
+    unit,
 )
 from accaware.onnx.ranges import Handler
 from accaware.onnx.tensors import ELEMENTS, Array, Constant, UnreadableError
@@ -45,17 +49,26 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+_ROUNDINGS_OF_A_QUANTIZER = 16  # division and offset, and what kernels that join it to other operations do otherwise
+
+
 def _reached(
-    fact: Fact, scale: Reals64, zero: Reals64, codes: IntFormat, rounding: Callable[[Array], Array]
+    fact: Fact,
+    scale: Reals64,
+    zero: Reals64,
+    codes: IntFormat,
+    rounding: Callable[[Array], Array],
+    floats: Floats | None,
 ) -> IntFormat:
-    """The codes that a quantizer with range `codes` gives the values of a tensor, with room for float arithmetic."""
+    """The codes that a quantizer with range `codes`, computed in `floats`, gives the values of a tensor."""
     lo, hi = interval(fact)
     low, high = lo / scale, hi / scale
-    room = 1e-6
+    room = _ROUNDINGS_OF_A_QUANTIZER * unit(floats)
     ends = []
     for end, slack in ((low, -room), (high, room)):
         moved = end + zero + slack * (np.abs(end) + np.abs(zero))
-        if np.isnan(moved).any():
+        # In half floats onnxruntime makes 32-bit integers of them before it saturates, whatever becomes of larger ones.
+        if np.isnan(moved).any() or (floats == np.float16 and np.abs(moved).max() >= 2**31):
             return codes
         code = rounding(np.clip(moved, codes.lo, codes.hi))
         ends.append((int(code.min()), int(code.max())))
@@ -113,7 +126,9 @@ def quantize_linear(call: Call) -> list[Fact]:
     reached = codes
     scale, offset = _scale(call, 1), _zero(call, 2)
     if scale is not None and not isinstance(offset, IntFormat):
-        reached = _reached(fact, scale, offset, codes, np.rint)
+        precision = ELEMENTS.get(call.node.get("precision", 0))
+        floats = floats_of(fact, call.fact(1), Reals("", floats=precision.dtype if precision else None))
+        reached = _reached(fact, scale, offset, codes, np.rint, floats)
     return [Codes(reached.lo, reached.hi, ONE, type=codes, dialect="qdq")]
 
 
@@ -156,7 +171,14 @@ def _finite(codes: Array) -> Array:
 
 
 def dequantize_linear(call: Call) -> list[Fact]:
-    return [dequantized(call, 0, 1, 2, call.node.get("axis", 1), "qdq")]
+    output = ELEMENTS.get(call.node.get("output_dtype", 0))
+    floats = output.dtype if output else floats_of(call.fact(1))
+    return [_in_floats(dequantized(call, 0, 1, 2, call.node.get("axis", 1), "qdq"), floats)]
+
+
+def _in_floats(codes: Codes, floats: Floats | None) -> Codes:
+    """The float output of a quantizer. A constant stands for its integers, of any size."""
+    return rounded(codes, floats) if codes.values is None else replace(codes, floats=floats)
 
 
 def dequantized(call: Call, x: int, scale: int | None, zero: int, axis: int, dialect: str) -> Codes:
@@ -219,9 +241,10 @@ def int_quant(call: Call) -> list[Fact]:
         s_full, z_full = (_broadcast(p, fact) for p in (scales, zeros))
         values = fact.computed(codes, lambda x, part: code(x, _part(s_full, fact, part), _part(z_full, fact, part)))
     elif not bipolar:
-        codes = _reached(fact, scale, zero, codes, rounding)
+        codes = _reached(fact, scale, zero, codes, rounding, floats_of(*call.facts[:3]))
     axis = common_axis(rank, (scale, s_axis), (zero, z_axis))
-    return [Codes(codes.lo, codes.hi, scale, zero, axis, values=values, dialect="qonnx")]
+    made = Codes(codes.lo, codes.hi, scale, zero, axis, values=values, dialect="qonnx")
+    return [_in_floats(made, floats_of(*call.facts[:3]))]
 
 
 def _broadcast(array: Array, fact: Constant) -> Array:
@@ -251,7 +274,8 @@ def bipolar_quant(call: Call) -> list[Fact]:
             raise UnreadableError("it quantizes integers, or a constant of fewer dimensions than its scale")
         values = fact.computed(IntFormat(-1, 1), lambda x, _: np.where(x >= 0, 1, -1))
         axis = common_axis(len(fact.shape) or None, (scale, axis))
-    return [Codes(-1, 1, scale, ZERO, axis, values=values, dialect="qonnx")]
+    made = Codes(-1, 1, scale, ZERO, axis, values=values, dialect="qonnx")
+    return [_in_floats(made, floats_of(*call.facts[:2]))]
 
 
 def trunc(call: Call) -> list[Fact]:
@@ -267,7 +291,8 @@ def trunc(call: Call) -> list[Fact]:
     shift = 2.0 ** round(math.log2(out_scale / scale)) if newer else 2.0 ** (bits - out_bits)
     codes = IntFormat(-(2**62), 2**62)
     # The codes before: those of the input's own grid, whatever its range was declared to be.
-    before = _reached(fact, np.float64(scale).reshape(()), np.float64(zero).reshape(()), codes, np.round)
+    floats = floats_of(*call.facts)
+    before = _reached(fact, np.float64(scale).reshape(()), np.float64(zero).reshape(()), codes, np.round, floats)
     ends = [float(ROUNDINGS[name](np.float64(end) / shift)) for end in (before.lo, before.hi)]
     out_zero = zero
     if newer:
@@ -277,7 +302,7 @@ def trunc(call: Call) -> list[Fact]:
     if max(map(abs, ends)) > 2**53:
         raise UnreadableError("the range of the codes that it truncates is not known")
     step, offset = (np.float64(v).reshape(()) for v in (out_scale, out_zero))
-    return [Codes(int(ends[0]), int(ends[1]), step, offset, dialect="qonnx")]
+    return [rounded(Codes(int(ends[0]), int(ends[1]), step, offset, dialect="qonnx"), floats)]
 
 
 def multi_threshold(call: Call) -> list[Fact]:
@@ -292,18 +317,27 @@ def multi_threshold(call: Call) -> list[Fact]:
     if not (0 < scale < math.inf and abs(bias) < math.inf):
         raise UnreadableError("its scale is not positive")
     if scale == int(scale) and bias == int(bias):  # the values are integers themselves
-        return [Codes(int(bias), int(bias) + steps * int(scale), ONE, dialect="qonnx")]
-    step, zero = (np.float64(v).reshape(()) for v in (scale, -bias / scale))
-    return [Codes(0, steps, step, zero, dialect="qonnx")]
+        made = Codes(int(bias), int(bias) + steps * int(scale), ONE, dialect="qonnx")
+    else:
+        step, zero = (np.float64(v).reshape(()) for v in (scale, -bias / scale))
+        made = Codes(0, steps, step, zero, dialect="qonnx")
+    return [rounded(made, floats_of(*call.facts), 2)]
 
 
 def average_pool_quant(call: Call) -> list[Fact]:
-    """QONNX: sums of a window, shifted right to `obits` bits."""
-    signed, bits = call.node.get("signed", 0), call.node.get("obits", 0)
-    if not 1 <= bits <= 32:
-        raise UnreadableError("its output bit width is not from 1 to 32")
-    codes = IntFormat.signed(bits) if signed else IntFormat.unsigned(bits)
-    return [Codes(codes.lo, codes.hi, ONE, dialect="qonnx")]
+    """QONNX: sums of a window of integers, shifted right by as much as brings sums of `ibits` bits to `obits` bits."""
+    kernel, before, after = (call.node.get(name, 0) for name in ("kernel", "ibits", "obits"))
+    if not (1 <= kernel <= 4096 and 1 <= before <= 32 and 1 <= after <= 32):
+        raise UnreadableError("its kernel or its bit widths are not known")
+    codes = integers(call.fact(0))
+    if codes is None:
+        raise UnreadableError("the integers that it averages are not known")
+    shift = max(0, ((2**before - 1) * kernel**2).bit_length() - after)
+    lo, hi = (end * kernel**2 >> shift for end in (codes.lo, codes.hi))
+    # The executor averages in float32 and takes the average times the window for the sum.
+    if max(-lo, hi) << shift >= 2**20:
+        raise UnreadableError("its sums are too large for float32")
+    return [Codes(lo, hi, ONE, dialect="qonnx", floats=np.dtype(np.float32))]
 
 
 def requantized(zero: int) -> Handler:

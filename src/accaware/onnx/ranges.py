@@ -15,15 +15,20 @@ from accaware.onnx.facts import (
     Call,
     Codes,
     Fact,
+    Floats,
     Reals,
     affine,
     clipped,
     constant,
+    floats_of,
     integers,
     interval,
+    outward,
+    rounded,
     union,
     with_value,
 )
+from accaware.onnx.graph import Shape
 from accaware.onnx.tensors import ELEMENTS, SMALL, Array, Constant, UnreadableError
 
 Handler = Callable[[Call], Sequence[Fact]]
@@ -49,14 +54,71 @@ def selected(call: Call) -> list[Fact]:
 def _anywhere(fact: Fact) -> Fact:
     if isinstance(fact, Codes):
         if fact.per_axis:
-            return Reals("its scale varies along a dimension that is rearranged", *interval(fact))
+            return Reals("its scale varies along a dimension that is rearranged", *interval(fact), fact.floats)
         return replace(fact, values=None)
     if isinstance(fact, Constant):
         codes = integers(fact, "qdq")
         if codes is not None:
             return replace(codes, values=None)
-        return Reals(f"it is a part of constant '{fact.origin.name}'", *interval(fact))
+        return Reals(f"it is a part of constant '{fact.origin.name}'", *interval(fact), floats_of(fact))
     return fact
+
+
+def pooled(call: Call) -> list[Fact]:
+    """The largest of every window, at the same places along the channels; where a window can be empty, the smallest
+    number of the type."""
+    fact = call.fact(0)
+    if _is_constant(fact):
+        return selected(call)
+    return [fact if call.node.kind != "MaxPool" or _windows_hold_data(call) else _with_extreme(fact, -1)]
+
+
+def _is_constant(fact: Fact) -> bool:
+    return isinstance(fact, Constant) or (isinstance(fact, Codes) and fact.values is not None)
+
+
+def _windows_hold_data(call: Call) -> bool:
+    """Whether every window of a MaxPool meets the tensor, and does not lie in its padding alone."""
+    node, kernel = call.node, call.node.ints("kernel_shape")
+    pads, ceil = node.ints("pads"), node.get("ceil_mode", 0)
+    padded = any(pads) or node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    if not ceil and not padded:
+        return True
+    # Without gaps it reaches out of the padding, unless that is as long as the window; rounding up adds to it.
+    strides = node.ints("strides") or (1,) * len(kernel)
+    room = [k - (s - 1 if ceil else 0) for k, s in zip(kernel, strides, strict=True)]
+    pads = pads or (0,) * 2 * len(kernel)
+    gaps = any(d != 1 for d in node.ints("dilations"))
+    return not gaps and all(p < k for p, k in zip(pads, 2 * room, strict=True))
+
+
+def _with_extreme(fact: Fact, sign: int) -> Fact:
+    """What the largest (sign -1) or smallest (1) of values can be where there may be none: the type's own end."""
+    if isinstance(fact, Codes) and fact.type is not None:
+        return replace(fact, lo=fact.type.lo) if sign < 0 else replace(fact, hi=fact.type.hi)
+    return with_value(fact, sign * math.inf)
+
+
+def reduced(call: Call) -> list[Fact]:
+    """ReduceMax or ReduceMin."""
+    count = reduced_terms(call, call.known)
+    (fact,) = selected(call)
+    return [fact if count else _with_extreme(fact, -1 if call.node.kind == "ReduceMax" else 1)]
+
+
+def reduced_terms(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:
+    """How many values a reduction takes together, where the shape of its input says it."""
+    shape = shape_of(call.node.inputs[0])
+    if shape is None:
+        return None
+    axes = call.array(1, "axes").reshape(-1).tolist() if call.has(1) else call.node.ints("axes") or range(len(shape))
+    sizes = [shape[int(a)] for a in axes]
+    return None if None in sizes else int(np.prod(np.asarray(sizes, dtype=object)))
+
+
+def cropped(call: Call) -> list[Fact]:
+    """CenterCropPad, which pads with 0."""
+    return [with_value(_anywhere(call.fact(0)), 0.0)]
 
 
 def _moved(fact: Fact, move: Callable[[Constant], Constant], axis: Callable[[Codes, int], int]) -> Fact:
@@ -174,9 +236,7 @@ def where(call: Call) -> list[Fact]:
 def pad(call: Call) -> list[Fact]:
     if call.node.get("mode", "constant") != "constant":
         return selected(call)
-    fact = call.fact(0)
-    if isinstance(fact, Constant):
-        return selected(call)
+    fact = _anywhere(call.fact(0)) if _is_constant(call.fact(0)) else call.fact(0)
     return [with_value(fact, call.one(2, "padding", call.node.get("value", 0.0)))]
 
 
@@ -186,13 +246,7 @@ def cast(call: Call) -> list[Fact]:
     if element is None:
         raise UnreadableError("it is cast to a type that is not read")
     if element.codes is None:
-        codes = integers(fact)
-        if codes is None or codes.type is None:  # floats stay floats
-            return [fact]
-        exact = 2 ** {16: 11, 32: 24, 64: 53}[element.bits]
-        if max(-codes.lo, codes.hi) > exact:
-            return [Reals("it is cast to floats that do not hold its integers", *_rounded(codes))]
-        return [replace(codes, type=None)]
+        return [_as_floats(integers(fact) or fact, element.dtype)]
     codes = integers(fact)
     if codes is None:
         lo, hi = interval(fact)
@@ -204,8 +258,15 @@ def cast(call: Call) -> list[Fact]:
     return [Codes(element.codes.lo, element.codes.hi, ONE, type=element.codes)]
 
 
-def _rounded(codes: Codes) -> tuple[float, float]:
-    return codes.lo * (1 + 2**-7 if codes.lo < 0 else 1 - 2**-7), codes.hi * (1 + 2**-7)
+def _as_floats(fact: Fact, floats: Floats) -> Fact:
+    if isinstance(fact, Codes):
+        return rounded(replace(fact, type=None), floats)
+    if isinstance(fact, Reals):
+        lo, hi = outward(fact.lo, fact.hi, floats)
+        return replace(fact, lo=lo, hi=hi, floats=floats)
+    if fact.dtype.itemsize <= floats.itemsize:
+        return fact
+    return fact.computed(None, lambda block, _: block.astype(floats), floats)
 
 
 def scaled(call: Call) -> list[Fact]:
@@ -219,18 +280,21 @@ def scaled(call: Call) -> list[Fact]:
         return [_anything(call)]
     x = integers(x) or x
     integer = isinstance(x, Codes) and x.type is not None
+    if integer != (c.dtype.kind != "f"):  # large integers, of which only an interval in floats is known
+        return [_anything(call)]
     one, nought = np.ones((), c.dtype), np.zeros((), c.dtype)
     if kind == "Div":
         if integer or not np.all(c):
             return [_anything(call)]
-        return [affine(x, 1 / c.astype(np.float64), nought)]
+        return [affine(x, 1 / c.astype(np.float64), nought, c.dtype)]
+    floats = c.dtype
     if not integer:
         c = c.astype(np.float64)
     if kind == "Mul":
-        return [affine(x, c, nought)]
+        return [affine(x, c, nought, floats)]
     if kind == "Sub":
-        return [affine(x, one, -c.astype(np.float64))] if place else [affine(x, -np.ones(()), c)]
-    return [affine(x, one, c)]
+        return [affine(x, one, -c.astype(np.float64), floats)] if place else [affine(x, -np.ones(()), c, floats)]
+    return [affine(x, one, c, floats)]
 
 
 def constant_or_none(call: Call, index: int) -> Array | None:
@@ -253,23 +317,31 @@ def addition(call: Call) -> list[Fact]:
     if call.node.kind != "Sum" and any(constant_or_none(call, i) is not None for i in range(len(call.facts))):
         return scaled(call)
     facts = [call.fact(i) for i in range(len(call.facts))]
+    floats = floats_of(*facts)
+    spans = [interval(f) for f in facts]
     if call.node.kind == "Sub":
-        lo, hi = interval(facts[1])
         if any(isinstance(f, Codes) and f.type is not None for f in facts):
             return [_anything(call)]
-        return [replace(call.unknown(), lo=interval(facts[0])[0] - hi, hi=interval(facts[0])[1] - lo)]
+        (lo, hi), (low, high) = spans
+        lo, hi = outward(lo - high, hi - low, floats)
+        return [replace(call.unknown(), lo=lo, hi=hi, floats=floats)]
+    # Of three and more, the sums of some can be larger than that of all.
+    sizes = [sum(abs(span[end]) for span in spans) if len(facts) > 2 else 0.0 for end in (0, 1)]
     codes = [f for f in facts if isinstance(f, Codes) and not f.per_axis and f.values is None]
     if len(codes) == len(facts) and all(
         c.type is None and c.scale is not None and c.scale == codes[0].scale for c in codes
     ):
         zeros = [c.zero for c in codes if not isinstance(c.zero, IntFormat)]
         if len(zeros) == len(codes):
-            zero = np.sum(zeros, axis=0)
-            return [replace(codes[0], lo=sum(c.lo for c in codes), hi=sum(c.hi for c in codes), zero=zero)]
+            total, error = IntFormat(sum(c.lo for c in codes), sum(c.hi for c in codes)), sum(c.error for c in codes)
+            added = replace(codes[0], lo=total.lo, hi=total.hi, zero=np.sum(zeros, axis=0), error=error)
+            assert added.scale is not None
+            return [rounded(added, floats, len(facts) - 1, max(sizes) / float(added.scale))]
     if any(isinstance(f, Codes) and f.type is not None for f in facts):
         return [_anything(call)]
-    spans = [interval(f) for f in facts]
-    return [replace(call.unknown(), lo=sum(lo for lo, _ in spans), hi=sum(hi for _, hi in spans))]
+    lo, hi = sum(lo for lo, _ in spans), sum(hi for _, hi in spans)
+    lo, hi = outward(lo, hi, floats, max(1, len(facts) - 1), (sizes[0], sizes[1]))
+    return [replace(call.unknown(), lo=lo, hi=hi, floats=floats)]
 
 
 def batch_norm(call: Call) -> list[Fact]:
@@ -281,14 +353,15 @@ def batch_norm(call: Call) -> list[Fact]:
     if not (np.isfinite(factor).all() and np.isfinite(offset).all()):
         return [call.unknown()]
     fact = call.fact(0)
-    if isinstance(fact, Codes) and factor.size > 1:
-        # Along the channels, dimension 1, which `affine` would count from the last: only an interval is kept.
-        fact = Reals("its codes are scaled by a batch-norm, channel by channel", *interval(fact))
     if isinstance(fact, Constant):
         return [call.unknown()]
-    lo, hi = interval(affine(fact, factor.reshape(-1), offset.reshape(-1)))
+    # Along the channels, dimension 1, which nothing here counts from the last: only an interval is kept.
+    ends = [np.nan_to_num(factor * end, nan=0, posinf=math.inf, neginf=-math.inf) + offset for end in interval(fact)]
+    beside = 2 * (np.abs(mean * factor) + np.abs(bias))
+    floats = floats_of(fact, *call.facts[1:5])
+    lo, hi = outward(np.minimum(*ends), np.maximum(*ends), floats, 8, (beside, beside))
     reason = fact.reason if isinstance(fact, Reals) else "its codes are scaled by a batch-norm"
-    return [Reals(reason, lo, hi)]
+    return [Reals(reason, lo, hi, floats)]
 
 
 def average(call: Call) -> list[Fact]:
@@ -298,7 +371,7 @@ def average(call: Call) -> list[Fact]:
     kernel = call.node.ints("kernel_shape")
     plain = not any(call.node.ints("pads")) and not call.node.get("ceil_mode", 0)
     plain = plain and call.node.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    n = terms_of(call)
+    n, floats = terms_of(call, call.known), floats_of(fact)
     if (
         isinstance(fact, Codes)
         and fact.scale is not None
@@ -308,16 +381,19 @@ def average(call: Call) -> list[Fact]:
         and fact.type is None
         and fact.values is None
     ):
-        return [replace(fact, lo=fact.lo * n, hi=fact.hi * n, scale=fact.scale / n, zero=fact.zero * n)]
+        lo, hi, error = fact.lo * n, fact.hi * n, fact.error * n
+        finer = replace(fact, lo=lo, hi=hi, scale=fact.scale / n, zero=fact.zero * n, error=error)
+        return [rounded(finer, floats, n)]
     reason = fact.reason if isinstance(fact, Reals) else f"it is the output of {call.node.kind} '{call.node.name}'"
-    return [Reals(reason, min(lo, 0.0), max(hi, 0.0))]
+    lo, hi = outward(min(lo, 0.0), max(hi, 0.0), floats if n else None, 2 * (n or 1))
+    return [Reals(reason, lo, hi, floats)]
 
 
-def terms_of(call: Call) -> int | None:
-    """How many values a pooling averages, where the file says it."""
+def terms_of(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:
+    """How many values a pooling averages, where its kernel or the shape of its input says it."""
     if call.node.kind == "AveragePool":
         return math.prod(call.node.ints("kernel_shape")) or None
-    shape = call.shape(call.node.inputs[0])
+    shape = shape_of(call.node.inputs[0])
     sizes = [] if shape is None else list(shape[2:])
     return math.prod(s for s in sizes if s) if sizes and all(sizes) else None
 
@@ -331,6 +407,17 @@ def bounded(lo: float, hi: float) -> Handler:
     return handler
 
 
+def absolute(call: Call) -> list[Fact]:
+    """Abs; of the smallest integer of a signed type it is that integer."""
+    codes = integers(call.fact(0))
+    if codes is None or codes.type is None:
+        return [replace(call.unknown(), lo=0.0)]
+    if codes.type.lo < 0 and codes.lo == codes.type.lo:
+        return [Codes(codes.type.lo, codes.type.hi, ONE, type=codes.type)]
+    lo = max(codes.lo, -codes.hi, 0)
+    return [Codes(lo, max(-codes.lo, codes.hi), ONE, type=codes.type)]
+
+
 def resized(call: Call) -> list[Fact]:
     mode = call.node.get("mode", "nearest")
     if call.node.get("coordinate_transformation_mode", "") == "tf_crop_and_resize":
@@ -338,8 +425,11 @@ def resized(call: Call) -> list[Fact]:
     if mode == "nearest":
         return selected(call)
     if mode == "linear":
-        fact = call.fact(0)
-        return [replace(call.unknown(), lo=min(0.0, interval(fact)[0]), hi=max(0.0, interval(fact)[1]))]
+        lo, hi = interval(call.fact(0))
+        floats = floats_of(call.fact(0))
+        # At most eight values of three dimensions, each times a weight that is computed.
+        lo, hi = outward(min(0.0, lo), max(0.0, hi), floats, 32)
+        return [replace(call.unknown(), lo=lo, hi=hi, floats=floats)]
     return [call.unknown()]
 
 
@@ -374,7 +464,7 @@ def constant_of_shape(call: Call) -> list[Fact]:
 def shape(call: Call) -> list[Fact]:
     fact = call.fact(0)
     values = fact.values if isinstance(fact, Codes) else fact
-    sizes: Any = values.shape if isinstance(values, Constant) else call.shape(call.node.inputs[0])
+    sizes: Any = values.shape if isinstance(values, Constant) else call.known(call.node.inputs[0])
     start, end = call.node.get("start", 0), call.node.attributes.get("end")
     if sizes is None or None in sizes[start:end]:
         return [Codes(0, 2**63 - 1, ONE, type=IntFormat(-(2**63), 2**63 - 1))]
@@ -400,7 +490,12 @@ def _slice(call: Call, x: Array, *limits: Array) -> Array:
 
 
 def _cast(call: Call, x: Array) -> Array:
-    return x.astype(ELEMENTS[call.node.get("to", 0)].dtype)
+    element = ELEMENTS[call.node.get("to", 0)]
+    if element.codes and element.dtype != np.bool_:
+        whole = np.trunc(x.astype(np.float64))
+        if not ((whole >= element.codes.lo) & (whole < element.codes.hi + 1)).all():
+            raise UnreadableError("it casts constants to integers that the type does not have")
+    return x.astype(element.dtype)
 
 
 def _divide(_: Call, x: Array, y: Array) -> Array:
@@ -450,12 +545,15 @@ def folded(call: Call) -> list[Fact] | None:
 _BROADCAST = [FOLDED[kind] for kind in ("Add", "Sub", "Mul", "Div")]
 
 RANGES: dict[str, Handler] = {
-    **dict.fromkeys(("Identity", "MaxPool", "GlobalMaxPool", "qonnx.MaxPoolNHWC", "qonnx.DebugMarker"), kept),
+    **dict.fromkeys(("Identity", "qonnx.DebugMarker"), kept),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "qonnx.MaxPoolNHWC"), pooled),
     **dict.fromkeys(
         ("Slice", "Gather", "GatherElements", "GatherND", "Split", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"),
         selected,
     ),
-    **dict.fromkeys(("ReverseSequence", "Compress", "ReduceMax", "ReduceMin", "TopK", "CenterCropPad"), selected),
+    **dict.fromkeys(("ReverseSequence", "Compress", "TopK"), selected),
+    **dict.fromkeys(("ReduceMax", "ReduceMin"), reduced),
+    "CenterCropPad": cropped,
     "Dropout": dropout,
     "Transpose": transpose,
     "Reshape": _reshaper(_reshape),
@@ -482,7 +580,8 @@ RANGES: dict[str, Handler] = {
     "Upsample": resized,
     **dict.fromkeys(("Sigmoid", "HardSigmoid", "Softmax"), bounded(0, 1)),
     **dict.fromkeys(("Tanh", "Softsign", "Erf", "Sin", "Cos"), bounded(-1, 1)),
-    **dict.fromkeys(("Abs", "Sqrt", "Exp", "Softplus"), bounded(0, math.inf)),
+    "Abs": absolute,
+    **dict.fromkeys(("Sqrt", "Exp", "Softplus"), bounded(0, math.inf)),
     "Constant": constant_node,
     "ConstantOfShape": constant_of_shape,
     "Shape": shape,

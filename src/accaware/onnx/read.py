@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from onnx import defs
 
 from accaware.formats import IntFormat
-from accaware.onnx.facts import ONE, Call, Codes, Fact, Reals, integers
+from accaware.onnx.facts import ONE, Call, Codes, Fact, Floats, Reals, floats_of, integers
 from accaware.onnx.graph import Graph, Shape, Value, load
 from accaware.onnx.products import PRODUCTS, Product
 from accaware.onnx.quantizers import QUANTIZERS
-from accaware.onnx.ranges import RANGES, Handler, folded, terms_of
+from accaware.onnx.ranges import RANGES, Handler, folded, reduced_terms, terms_of
 from accaware.onnx.tensors import Array, Constant, UnreadableError
 from accaware.onnx.weights import Rows
 
@@ -80,13 +82,14 @@ def read(path: str | Path, inputs: Mapping[str, Codes] | None = None) -> Network
 
     inputs: codes of graph inputs that the file does not give, by name (see `parse_input`). Every operation that may add
     up more than two numbers is in the result exactly once. Nodes of local functions are read where they are called,
-    and an initializer that is listed as a graph input counts as its value. Ranges assume that no value is NaN.
+    and an initializer that is listed as a graph input counts as its value, which the note of every product says. Ranges
+    assume that no value is NaN.
 
     Raises `OSError` where the file cannot be opened, and `ValueError`, one line, for a file that is no ONNX model or
     damaged, and for a name in `inputs` that is no graph input or a range that does not fit its type.
     """
     model = load(path)
-    reading = _Reading(dict(inputs or {}), model.bytes)
+    reading = _Reading(dict(inputs or {}), model.bytes, _presumed(model.defaults))
     with np.errstate(all="ignore"):  # hostile scales overflow; what comes out is checked
         reading.graph(model.graph, ChainMap())
     return Network(model.sha256, model.opsets, model.metadata, reading.assumed, tuple(reading.operations))
@@ -121,8 +124,9 @@ _FOLDED_ELEMENTS = 2**22
 class _Reading:
     """Walks through the nodes and collects what is known of every tensor, and the operations."""
 
-    def __init__(self, inputs: dict[str, Codes], size: int) -> None:
+    def __init__(self, inputs: dict[str, Codes], size: int, presumed: str) -> None:
         self.given = inputs
+        self.presumed = presumed
         self.assumed: dict[str, Codes] = {}
         self.operations: list[Product | Unproven | Other] = []
         # A small file can describe much: a million views of one tensor, each quantized anew. These end that.
@@ -139,8 +143,10 @@ class _Reading:
         for name, constant in graph.constants.items():
             facts[name] = _annotated(constant, graph.annotations.get(name))
         for node in graph.nodes:
-            call = Call(node, [facts[name] if name else None for name in node.inputs], _shapes(graph))
-            for name, fact in zip(node.outputs, self._node(call, graph), strict=False):
+            call = Call(node, [facts[name] if name else None for name in node.inputs], *_shapes(graph))
+            for place, (name, fact) in enumerate(zip(node.outputs, self._node(call, graph), strict=False)):
+                if isinstance(fact, Reals) and fact.floats is None:
+                    fact = replace(fact, floats=_floats(call, place))
                 facts[name] = fact
             for body in node.bodies.values():
                 self.graph(body, facts)
@@ -154,7 +160,8 @@ class _Reading:
             reason = f"'{name}' is a float input of the graph; say {name}=uint8:scale if it holds codes"
             if graph.parent is not None:
                 reason = f"'{name}' is an input of subgraph '{graph.name}'"
-            return Codes(type_.lo, type_.hi, ONE, type=type_) if type_ else Reals(reason)
+            floats = value.element.dtype if value.element else None
+            return Codes(type_.lo, type_.hi, ONE, type=type_) if type_ else Reals(reason, floats=floats)
         if type_ is not None:
             if not known.plain or not type_.lo <= known.lo <= known.hi <= type_.hi:
                 raise ValueError(
@@ -162,7 +169,7 @@ class _Reading:
                 )
             known = Codes(known.lo, known.hi, ONE, type=type_)
         self.assumed[name] = known
-        return known
+        return replace(known, floats=value.element.dtype) if value.element and type_ is None else known
 
     def _node(self, call: Call, graph: Graph) -> list[Fact]:
         """Note the operation, if the node is one; what is known of the node's outputs."""
@@ -176,7 +183,8 @@ class _Reading:
                     raise UnreadableError("the file makes far more weights than it holds")
                 product, fact = PRODUCTS[key](call)
                 self._count(product)
-                self.operations.append(product)
+                note = "; ".join(filter(None, (product.note, self.presumed)))
+                self.operations.append(replace(product, note=note))
                 found = [fact]
             except _REFUSALS as error:
                 self.operations.append(Unproven(node.name, node.kind, _reason(error)))
@@ -208,11 +216,21 @@ class _Reading:
         """What the file alone says of an output: nothing, unless its type of elements is an integer."""
         value = graph.values.get(name)
         type_ = value.element.codes if value and value.element else None
-        return call.unknown() if type_ is None else Codes(type_.lo, type_.hi, ONE, type=type_)
+        if type_ is not None:
+            return Codes(type_.lo, type_.hi, ONE, type=type_)
+        return replace(call.unknown(), floats=value.element.dtype) if value and value.element else call.unknown()
 
 
 #: What reading a malformed node can raise. Not knowing is always a sound answer, so none of it ends the reading.
 _REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError)
+
+
+def _presumed(defaults: Sequence[str]) -> str:
+    """What a reader of the certificate should know of inputs that have a value in the file."""
+    if not defaults:
+        return ""
+    names = ", ".join(map(reprlib.repr, defaults[:3])) + (f" and {len(defaults) - 3} more" if defaults[3:] else "")
+    return f"presumes that no run feeds another value to {names}"
 
 
 def _reason(error: Exception) -> str:
@@ -220,7 +238,30 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, UnreadableError) else f"the node is malformed ({text})"
 
 
-def _shapes(graph: Graph) -> Callable[[str], Shape | None]:
+@cache
+def _same_types(kind: str) -> tuple[tuple[int, ...], ...]:
+    """For every output of an operator of ONNX, the inputs that ONNX gives the same type."""
+    schema = defs.get_schema(kind)
+    alike: dict[str, list[int]] = {}
+    for i, formal in enumerate(schema.inputs):
+        if formal.is_homogeneous:
+            alike.setdefault(formal.type_str, []).append(i)
+    return tuple(tuple(alike.get(o.type_str, ())) if o.is_homogeneous else () for o in schema.outputs)
+
+
+def _floats(call: Call, place: int) -> Floats | None:
+    """The type of an output's floats, where it is that of an input."""
+    node = call.node
+    if node.key != node.kind:  # QONNX computes everything in the one type of its inputs
+        return floats_of(*call.facts) if node.key.startswith("qonnx.") else None
+    outputs = _same_types(node.kind) if defs.has(node.kind) else ()
+    inputs = outputs[min(place, len(outputs) - 1)] if outputs else ()
+    return floats_of(*(call.facts[i] for i in inputs if i < len(call.facts)))
+
+
+def _shapes(graph: Graph) -> tuple[Callable[[str], Shape | None], Callable[[str], Shape | None]]:
+    """What `Call` says of shapes: those in the file, and those that hold."""
+
     def shape(name: str) -> Shape | None:
         scope: Graph | None = graph
         while scope is not None:
@@ -230,7 +271,13 @@ def _shapes(graph: Graph) -> Callable[[str], Shape | None]:
             scope = scope.parent
         return None
 
-    return shape
+    def known(name: str) -> Shape | None:
+        scope = graph
+        while scope.parent is not None and not scope.defines(name):
+            scope = scope.parent
+        return scope.inputs[name].shape if scope.parent is None and name in scope.inputs else None
+
+    return shape, known
 
 
 def _datatype(name: str | None) -> Codes | None:
@@ -261,7 +308,7 @@ def _annotated(constant: Constant, annotation: str | None) -> Fact:
         return whole
 
     values = constant.computed(codes.format, block)
-    return Codes(lo, hi, codes.scale, values=values, dialect="qonnx")
+    return Codes(lo, hi, codes.scale, values=values, dialect="qonnx", floats=constant.dtype)
 
 
 # Operations that add values. Their sums are reported, with how many and which codes where that is known.
@@ -340,7 +387,7 @@ def _other(call: Call) -> Other | Unproven | None:
 def _codes(fact: Fact | None) -> IntFormat | None:
     """The codes of a tensor, less their zero-point where there is one."""
     codes = None if fact is None else integers(fact) or fact
-    if not isinstance(codes, Codes) or isinstance(codes.zero, IntFormat):
+    if not isinstance(codes, Codes) or isinstance(codes.zero, IntFormat) or not codes.error < 0.5:
         return None
     zeros = np.rint(codes.zero).astype(np.int64)
     return IntFormat(codes.lo - int(zeros.max()), codes.hi - int(zeros.min()))
@@ -373,20 +420,11 @@ def _pooling(call: Call) -> Other:
         elif node.kind == "QuantAvgPool2d":
             terms = node.get("kernel", 0) ** 2 or None
         elif node.kind in _REDUCTIONS:
-            terms = _reduced(call)
+            terms = reduced_terms(call, call.shape)
         elif node.kind == "GlobalAveragePool":
-            terms = terms_of(call)
+            terms = terms_of(call, call.shape)
         fact = _codes(call.facts[0] if call.facts else None)
     except _REFUSALS:
         terms, fact = None, None
     plain = node.kind not in ("ReduceSumSquare", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceL1")
     return Other(node.name, node.kind, "values of one tensor", terms, fact if plain else None)
-
-
-def _reduced(call: Call) -> int | None:
-    shape = call.shape(call.node.inputs[0])
-    if shape is None:
-        return None
-    axes = call.array(1, "axes").reshape(-1).tolist() if call.has(1) else call.node.ints("axes") or range(len(shape))
-    sizes = [shape[int(a)] for a in axes]
-    return None if None in sizes else int(np.prod(np.asarray(sizes, dtype=object)))

@@ -134,9 +134,12 @@ class Constant:
         origin = replace(self.origin, steps=(*self.origin.steps, step))
         return replace(self, origin=origin, shape=shape, load=load)
 
-    def computed(self, codes: IntFormat, block: Callable[[Array, slice], Array], dtype: Any = None) -> Constant:
-        """New values from these, one block along the first dimension at a time: `block` gets it and its slice."""
-        dtype = np.dtype(dtype or smallest(codes))
+    def computed(self, codes: IntFormat | None, block: Callable[[Array, slice], Array], dtype: Any = None) -> Constant:
+        """New values from these, one block along the first dimension at a time: `block` gets it and its slice.
+
+        codes: the integers that they are; None for floats, of which `dtype` is the type.
+        """
+        dtype = np.dtype(dtype) if codes is None or dtype else smallest(codes)
 
         def load() -> Array:
             source = self.array if self.shape else self.array.reshape(1)

@@ -1,0 +1,252 @@
+"""Ranges hold in onnxruntime: what arrives at a product lies in the codes that are claimed for it, or none are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from accaware.onnx.read import Unproven
+from onnx_helpers import model, node, read_model, run
+
+INTS = {name: getattr(TensorProto, name.upper()) for name in ("uint8", "int8", "uint16", "int32", "int64")}
+
+
+def half(value):
+    return np.asarray(value, np.float16)
+
+
+def f32(value):
+    return np.asarray(value, np.float32)
+
+
+def claimed(nodes, x, constants, folder):
+    """Of x -> nodes -> e -> product: the centred codes claimed for e (None: none), the real ones, and why none are."""
+    constants = {"s": f32(1), "w": np.ones((2, 1), np.int8), **constants}
+    constants = {"ws": constants["s"], **constants}
+    kind = next(kind for name, kind in INTS.items() if np.dtype(name) == x.dtype)
+    last = "MatMul" if constants["w"].ndim == 2 else "Conv"
+    made = model(
+        [*nodes, node("DequantizeLinear", "w ws", "f"), node(last, "e f", "y", "last")],
+        {"x": (kind, [None] * x.ndim)},
+        {"y": None},
+        constants,
+        opset=21,
+    )
+    (product,) = [op for op in read_model(made, folder).operations if op.name == "last"]
+    real = run(made, {"x": x}, ["e"])["e"].astype(np.float64)
+    if isinstance(product, Unproven):
+        return None, real, product.reason
+    return product.centred_codes, real / product.act_scale[0], ""
+
+
+DQ = node("DequantizeLinear", "x s", "d")
+REQUANTIZED = [node("QuantizeLinear", "c s z", "q"), node("DequantizeLinear", "q s z", "e")]
+INTEGERS = [node("QuantizeLinear", "c s z", "q"), node("Cast", "q", "e", to=1)]
+U8, I8 = np.full((1, 2), 255, np.uint8), np.full((1, 2), -128, np.int8)
+LARGE = np.full((1, 2), 2**62, np.int64)
+
+#: nodes, x, constants, and the range that is claimed; None where none is.
+CASES = {
+    "cropping pads with 0": (
+        [
+            node("DequantizeLinear", "x s", "d"),
+            node("Relu", "d", "r"),
+            node("QuantizeLinear", "r s z", "q"),
+            node("CenterCropPad", "q to", "p"),
+            node("DequantizeLinear", "p s z", "e"),
+        ],
+        U8,
+        {"z": np.uint8(128), "to": np.array([1, 4]), "w": np.ones((4, 1), np.int8)},
+        (-128, 127),
+    ),
+    "the smallest integer has no absolute value": (
+        [node("Abs", "x", "a"), node("Cast", "a", "e", to=1)],
+        I8,
+        {},
+        (-128, 127),
+    ),
+    "an absolute value": (
+        [node("Clip", "x l u", "c"), node("Abs", "c", "a"), node("Cast", "a", "e", to=1)],
+        I8,
+        {"l": np.int8(-100), "u": np.int8(-3)},
+        (3, 100),
+    ),
+    "a constant that is padded": (
+        [node("Pad", "k to v", "c"), *REQUANTIZED],
+        U8,
+        {"k": f32([[1.0]]), "to": np.array([0, 0, 0, 1]), "v": f32(200), "z": np.uint8(0)},
+        (1, 200),
+    ),
+    "clipped from infinity": (
+        [DQ, node("Min", "d k", "m"), node("Max", "m inf", "c"), *REQUANTIZED],
+        U8,
+        {"k": f32(15), "inf": f32(np.inf), "z": np.uint8(0)},
+        (0, 255),
+    ),
+    "clipped by large integers": (
+        [node("Clip", "x k k1", "c"), node("Sub", "c k", "b"), node("Cast", "b", "e", to=1)],
+        LARGE,
+        {"k": np.int64(2**53), "k1": np.int64(2**53 + 1)},
+        None,
+    ),
+    "a large number and back": (
+        [DQ, node("Add", "d big", "a"), node("Sub", "a big", "e")],
+        U8,
+        {"big": f32(2**31)},
+        None,
+    ),
+    "an exact number and back": (
+        [DQ, node("Add", "d big", "a"), node("Sub", "a big", "e")],
+        U8,
+        {"big": f32(2**23)},
+        (0, 255),
+    ),
+    "too large for float32": (
+        [node("DequantizeLinear", "x big", "d"), node("Mul", "d small", "c"), *REQUANTIZED],
+        U8,
+        {"big": f32(3e36), "small": f32(1e-37), "z": np.uint8(0)},
+        (0, 255),
+    ),
+    "half floats that add": (
+        [DQ, node("Add", "d k", "c"), *INTEGERS],
+        U8,
+        {"s": half(1), "ws": f32(1), "k": half(3841), "z": np.uint16(0)},
+        (3808, 4129),
+    ),
+    "half floats on another grid": (
+        [node("DequantizeLinear", "x t", "c"), *INTEGERS],
+        U8,
+        {"t": half(0.1001), "s": half(0.00078), "ws": f32(1), "z": np.uint16(0)},
+        (0, 32992),
+    ),
+    "half floats of too many steps": (
+        [node("DequantizeLinear", "x t", "d"), node("Max", "d k", "c"), *INTEGERS],
+        U8,
+        {"t": half(200), "s": half(1e-5), "ws": f32(1), "k": half(1), "z": np.uint16(0)},
+        (0, 65535),
+    ),
+    "half floats that no longer tell codes apart": (
+        [DQ, node("Add", "d k", "e")],
+        U8,
+        {"s": half(1), "k": half(3841)},
+        None,
+    ),
+    "half floats that add little": (
+        [DQ, node("Add", "d k", "c"), *REQUANTIZED],
+        U8,
+        {"s": half(1), "k": half(-3), "z": np.uint8(0)},
+        (0, 254),
+    ),
+    "half floats that hold their codes": (
+        [node("DequantizeLinear", "x s", "e")],
+        U8,
+        {"s": half(0.1001)},
+        (0, 255),
+    ),
+    "cast to half floats": (
+        [DQ, node("Clip", "d lo hi", "c"), node("Cast", "c", "h", to=10), node("Cast", "h", "e", to=1)],
+        np.full((1, 2), 32767, np.uint16),
+        {"lo": f32(0), "hi": f32(32767)},
+        None,
+    ),
+    "cast to half floats that hold them": (
+        [DQ, node("Cast", "d", "h", to=10), node("Cast", "h", "e", to=1)],
+        U8,
+        {},
+        (0, 255),
+    ),
+    "an average in half floats": (
+        [node("DequantizeLinear", "x s z", "d"), node("AveragePool", "d", "e", kernel_shape=[8, 8])],
+        np.full((1, 1, 8, 8), 255, np.uint8),
+        {"s": half(0.1001), "z": np.uint8(3), "w": np.ones((1, 1, 1, 1), np.int8)},
+        None,
+    ),
+    "the largest of none": (
+        [
+            node("Clip", "x l", "c"),
+            node("Slice", "c at at ax", "n"),
+            node("ReduceMax", "n ax", "m", keepdims=1),
+            node("DequantizeLinear", "m s", "e"),
+        ],
+        I8,
+        {"l": np.int8(0), "at": np.array([0]), "ax": np.array([1]), "w": np.ones((1, 1), np.int8)},
+        (-128, 127),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_range_holds(name, tmp_path) -> None:
+    nodes, x, constants, wanted = CASES[name]
+    found, real, reason = claimed(nodes, x, constants, tmp_path)
+    assert (found and (found.lo, found.hi)) == wanted, reason
+    if found is not None:
+        assert found.lo - 0.5 < real.min()
+        assert real.max() < found.hi + 0.5
+
+
+@pytest.mark.parametrize(
+    ("attributes", "safe"),
+    [
+        ({"pads": [1, 1, 1, 1], "dilations": [5, 5]}, False),
+        ({"pads": [1, 1, 1, 1]}, True),
+        ({"dilations": [2, 2]}, True),
+        ({"ceil_mode": 1, "strides": [2, 2]}, True),
+        ({"ceil_mode": 1, "strides": [3, 3]}, False),
+        ({"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, False),
+    ],
+)
+def test_windows_of_padding_alone(attributes, safe, tmp_path) -> None:
+    pool = node("MaxPool", "c", "m", kernel_shape=[2, 2], **attributes)
+    nodes = [node("Clip", "x l", "c"), pool, node("DequantizeLinear", "m s", "e")]
+    x = np.full((1, 1, 4, 4), 5, np.int8)
+    found, real, _ = claimed(nodes, x, {"l": np.int8(0), "w": np.ones((1, 1, 1, 1), np.int8)}, tmp_path)
+    assert (found.lo, found.hi) == (0 if safe else -128, 127)
+    assert found.lo <= real.min()
+    if "dilations" in attributes and "pads" in attributes:
+        assert real.min() == -128
+
+
+def test_pooled_weights_are_no_weights(tmp_path) -> None:
+    """A filter that one large weight fills."""
+    weights = np.zeros((1, 1, 2, 2), np.int8)
+    weights[..., 1, 1] = 127
+    pool = node("MaxPool", "w", "p", kernel_shape=[2, 2], pads=[1, 1, 1, 1])
+    nodes = [DQ, pool, node("DequantizeLinear", "p s", "g"), node("Conv", "d g", "y", "last")]
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, 1, 3, 3])}, {"y": None}, {"s": f32(1), "w": weights})
+    (op,) = read_model(made, tmp_path).operations
+    assert "weights are not constant" in op.reason
+    assert run(made, {"x": np.full((1, 1, 3, 3), 255, np.uint8)}, ["y"])["y"].item() == 4 * 127 * 255
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "INT8", "INT32"])
+def test_constants_are_cast_to_integers_that_the_type_has(kind, tmp_path) -> None:
+    to = getattr(TensorProto, kind)
+    nodes = [node("Cast", "k", "c", to=to), node("DequantizeLinear", "c s", "g"), node("MatMul", "d g", "y", "last")]
+
+    def read_with(*numbers):
+        constants = {"s": f32(1), "k": f32(numbers).reshape(-1, 1)}
+        made = model([DQ, *nodes], {"x": (TensorProto.UINT8, [1, None])}, {"y": None}, constants, opset=21)
+        return read_model(made, tmp_path).operations[0]
+
+    assert read_with(7.9, 1.0).rows.raw().tolist() == [[7, 1]]
+    for number in (2.0**31, 3e38, np.nan, np.inf):
+        assert "the type does not have" in read_with(number, 0.0).reason
+    if kind == "INT4":
+        assert "the type does not have" in read_with(8.0, -8.0).reason  # onnxruntime makes -8 of both
+
+
+def test_constants_of_every_size_are_cast(tmp_path) -> None:
+    nodes = [
+        node("Cast", "x", "d", to=10),
+        node("Cast", "k", "c", to=10),
+        node("QuantizeLinear", "c t i", "q"),
+        node("DequantizeLinear", "q t i", "g"),
+        node("MatMul", "d g", "y", "last"),
+    ]
+    constants = {"k": np.full((80, 80), 0.3, np.float32), "t": half(2.0**-16), "i": np.int16(0)}
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, 80])}, {"y": None}, constants, opset=21)
+    (op,) = read_model(made, tmp_path).operations
+    real = run(made, {"x": np.ones((1, 80), np.uint8)}, ["q"])["q"]
+    assert (op.rows.raw() == real.T).all()
