@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -31,6 +32,17 @@ def file(folder, bias=0, preload=(), **register):
     operations = {"conv": {"register": register, "preload": list(preload), "inside": True}}
     helper.set_model_props(made, {KEY: json.dumps({"schema": 1, "operations": operations})})
     return save(made, folder)
+
+
+def test_the_summary_counts_what_the_file_leaves_out(tmp_path) -> None:
+    path = file(tmp_path, bits=8)
+    assert "outside it" not in certify_file(path).table()
+    made = onnx.load(path)
+    made.metadata_props[0].value = made.metadata_props[0].value.replace("true", "false")
+    table = certify_file(save(made, tmp_path)).table()
+    assert (
+        "0 of 0 operations of the request are proven; outside it, by the own word of the file: 1 with weights" in table
+    )
 
 
 def test_a_bias_is_in_the_register(tmp_path) -> None:
@@ -103,6 +115,7 @@ def test_a_product_of_floats_is_outside_where_the_file_says_so(tmp_path, inside)
     certificate = certify_file(path)
     (op,) = certificate.operations
     assert (op.verdict, op.note or op.reason) == ("unproven" if inside else "outside", "its weights 'f' are floats")
+    assert ("outside it, by the own word of the file: 1 with weights" in certificate.table()) != inside
     assert disagreements(certificate, path) == []
     forged = Operation("float", "MatMul", "outside", note="its weights 'f' are floats")
     forged = replace(certificate, operations=(forged,))

@@ -118,7 +118,18 @@ class Certificate:
     def _summary(self) -> str:
         proven = sum(op.verdict == "proven" for op in self.inside)
         verdict = "holds" if self.holds else "does not hold"
-        return f"{verdict}: {proven} of {len(self.inside)} operations of the request are proven; sha256 {self.sha256}"
+        found = f"{verdict}: {proven} of {len(self.inside)} operations of the request are proven"
+        own = self.target.partition(" ")[0] == "file"
+        left = [op for op in self.operations if op.verdict == "outside" and _multiplies(op, own)]
+        if left:
+            found += f"; outside it{', by the own word of the file' if own else ''}: {len(left)} with weights"
+        return f"{found}; sha256 {self.sha256}"
+
+
+def _multiplies(op: Operation, own: bool) -> bool:
+    """Whether an operation outside the request has weights: known ones, or those that a file leaves out by its `own`
+    word, which are no sums of values."""
+    return op.target is not None or (own and not op.note.startswith("adds "))
 
 
 def _cells(op: Operation) -> list[str]:
