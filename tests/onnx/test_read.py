@@ -281,7 +281,19 @@ def test_inputs(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "=uint8", "x=float", "x=uint0", "x=int33", "x=uint8:0", "x=uint8:nan", "x=uint8:1:y", "x=int8:1:0:0"]
+    "text",
+    [
+        "x",
+        "=uint8",
+        "x=float",
+        "x=uint0",
+        "x=int33",
+        "x=uint8:0",
+        "x=uint8:nan",
+        "x=uint8:1:y",
+        "x=int8:1:0:0",
+        "x=uint\u0663",
+    ],
 )
 def test_malformed_inputs(text) -> None:
     with pytest.raises(ValueError, match="NAME=uint8"):

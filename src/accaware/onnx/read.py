@@ -104,7 +104,7 @@ def parse_input(text: str) -> tuple[str, Codes]:
     >>> name, codes.lo, codes.hi, float(codes.scale)
     ('x', 0, 15, 0.5)
     """
-    found = re.fullmatch(r"(.+)=(u?)int(\d{1,2})(?::([^:]+))?(?::([+-]?\d{1,10}))?", text)
+    found = re.fullmatch(r"(.+)=(u?)int([0-9]{1,2})(?::([^:]+))?(?::([+-]?[0-9]{1,10}))?", text)
     bits = int(found[3]) if found else 0
     try:
         scale = float((found and found[4]) or 1)
