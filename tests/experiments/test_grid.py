@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from accaware.experiments.grid import parse, points
-from accaware.experiments.settings import Settings, read_recipe, setting
+from accaware.experiments.settings import Settings, read_recipe, refuse_unread, setting
 from cli_helpers import fails
 
 
@@ -23,6 +23,18 @@ def test_a_baseline_is_trained_once_for_all_accumulators() -> None:
     assert len(found) == 2 + 2 * 8 * 2
     assert found["method=baseline,seed=1"] == Settings(method="baseline", acc_bits=("32",), seed=1)
     assert found["method=projected,acc_bits=9,tile=64,seed=0"].acc_bits == ("9", "head=20")
+
+
+def test_a_baseline_beside_methods_with_a_free_preload_has_none() -> None:
+    found = points({"method": ["projected", "baseline"]}, {"preload": "free"})
+    assert found["method=baseline"] == points({"method": ["baseline"]}, {})["method=baseline"]
+    assert found["method=projected"].preload == "free"
+    with pytest.raises(ValueError, match="preload 'free' needs method 'projected', not 'baseline'"):
+        points({"seed": ["0"]}, {"method": "baseline", "preload": "free"})
+
+
+def test_an_option_that_some_points_read_is_no_mistake() -> None:
+    refuse_unread(["tile", "outer_bits"], list(points({"tile": ["none", "64"]}, {"outer_bits": 20}).values()))
 
 
 def test_a_baseline_keeps_what_the_grid_does_not_vary() -> None:
@@ -47,6 +59,11 @@ def test_a_baseline_keeps_what_the_grid_does_not_vary() -> None:
         ("acc_bits=9..40", "point acc_bits=33: acc_bits must lie in [2, 32], not 33"),
         ("method=projected,a2q", "point method=a2q: preload 'free' needs method 'projected', not 'a2q'"),
         ("devices=1,2", "devices makes no points"),
+        ("algorithm=budgeted,axe-gptq", "a sweep trains, and train has no setting 'algorithm'"),
+        ("max-length=8,9", "a sweep trains, and train has no setting 'max_length'"),
+        ("seed=0,00", "--grid seed=0,00: a value is given twice"),
+        ("lr=0.01,1e-2", "a value is given twice"),
+        ("outer_bits=20,24", "outer_bits would change nothing: it needs a tile"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(
@@ -103,6 +120,7 @@ def test_a_value_takes_the_type_of_its_setting(name: str, value: object, expecte
         ("batch_size: 1.5", "batch_size must be an integer, not 1.5"),
         ("batch_size: true", "batch_size must be an integer, not True"),
         ("method: 3", "method must be text, not 3"),
+        ("algorithm: axe-gptq", "train has no setting 'algorithm'"),
     ],
 )
 def test_a_bad_recipe_is_named(text: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -146,7 +146,11 @@ def test_options_win_over_the_recipe(options: list[str], capsys: pytest.CaptureF
     settings = RunFolder(Path("a")).settings()
     assert (settings.epochs, settings.acc_bits, settings.lr) == (0.2, ("12", "3=14"), 0.005)
     assert (settings.seed, settings.equalize) == (4, True)
-    assert run(["ptq", *words[:-8], "--recipe", "r.yaml", "--out", "b"]) == 0
+    message = fails(["ptq", *words[:-8], "--recipe", "r.yaml", "--out", "b"], capsys)
+    assert message == "accaware: recipe r.yaml: ptq has no setting 'epochs'\n"
+    assert (
+        run(["ptq", *words[:-8], "--recipe", "a/config.yaml", "--out", "b"]) == 0
+    )  # a run's configuration serves both
     assert RunFolder(Path("b")).settings().acc_bits == ("12", "3=14")
     Path("r.yaml").write_text("epoch: 1\n")
     message = fails(["train", *words, "--recipe", "r.yaml", "--out", "c"], capsys)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from accaware.experiments.settings import FREE_ON_RESUME, PTQ_ONLY, TRAIN_ONLY, Settings, check_same, read_recipe
+from accaware.experiments.settings import (
+    FREE_ON_RESUME,
+    PTQ_ONLY,
+    TRAIN_ONLY,
+    Settings,
+    check_same,
+    read_recipe,
+    refuse_unread,
+)
 
 CHANGED = Settings(
     acc_bits=("12", "conv*=14"), keep=("conv1=8", "head=float"), lr=1e-5, data_dir="a b", tile=16, out="x"
@@ -91,12 +99,55 @@ def test_the_lists_of_names_are_names() -> None:
         ({"schedule": "x0.1@"}, r"schedule must be cosine, constant, .*, not 'x0\.1@'"),
         ({"depthwise_method": "magic"}, "depthwise_method must be one of projected, .*, not 'magic'"),
         ({"preload": "free", "depthwise_method": "a2q"}, "preload 'free' needs method 'projected', not 'a2q'"),
+        ({"precision": "16-true"}, "precision must be one of 32-true, bf16-mixed, 16-mixed, .*, not '16-true'"),
         ({"warmup": 1.5}, r"warmup must lie in \[0, 1\], not 1.5"),
     ],
 )
 def test_values_out_of_range_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.from_dict(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 64}, "image_size would change nothing: it needs data imagenet, folder or bsds300"),
+        ({"resize": 40}, "resize would change nothing: it needs data imagenet or folder"),
+        ({"data": "bsds300", "model": "espcn", "crop_pad": 0.1}, "crop_pad would change nothing"),
+        ({"outer_bits": 20}, "outer_bits would change nothing: it needs a tile, which spills there"),
+        ({"optimizer": "adam", "momentum": 0.5}, "momentum would change nothing: it needs optimizer sgd"),
+        ({"quantize": False, "acc_bits": ("3",)}, "acc_bits would change nothing: it needs quantize"),
+        ({"quantize": False, "keep": ("nothing=8",)}, "keep would change nothing: it needs quantize"),
+        ({"quantize": False, "tile": 7}, "tile would change nothing: it needs quantize"),
+        ({"command": "ptq", "max_length": 9}, "max_length would change nothing: it needs data sts or text"),
+    ],
+)
+def test_what_nothing_reads_is_refused_where_it_is_said(change: dict[str, object], message: str) -> None:
+    settings = Settings.from_dict(change)  # a run that was made so can still be read
+    with pytest.raises(ValueError, match=message):
+        refuse_unread(change, [settings])
+
+
+def test_a_default_may_always_be_said() -> None:
+    refuse_unread(["image_size", "momentum"], [Settings(optimizer="adam")])
+    refuse_unread(["outer_bits"], [Settings(outer_bits=20, tile=64)])
+
+
+def test_a_recipe_names_what_its_command_has(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("lr: 0.5")
+    with pytest.raises(ValueError, match=r"^recipe .*r\.yaml: ptq has no setting 'lr'$"):
+        read_recipe(tmp_path / "r.yaml", "ptq")
+    (tmp_path / "r.yaml").write_text("algorithm: gptq")
+    with pytest.raises(ValueError, match=r"^recipe .*r\.yaml: train has no setting 'algorithm'$"):
+        read_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("command: train\nlr: 0.5\nacc_bits: 12\n")  # the config.yaml of a run
+    assert read_recipe(tmp_path / "r.yaml", "ptq") == {"acc_bits": ("12",)}
+
+
+def test_the_same_run_elsewhere_is_the_same() -> None:
+    assert CHANGED.same_run() == replace(CHANGED, out="y", device="cuda", checkpoint="moved").same_run()
+    for change in ({"seed": 1}, {"acc_bits": ("12",)}, {"checkpoint_sha256": "0"}):
+        assert CHANGED.same_run() != replace(CHANGED, **change).same_run()  # type: ignore[arg-type]
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from accaware.cli import app
-from accaware.experiments.settings import Settings, read_recipe
+from accaware.experiments.settings import Settings, read_recipe, refuse_unread
 
 _Option = typer.Option
 DATA, QUANT, TRAIN, RUN = "Data and model", "Quantization", "Training", "Run"
@@ -208,12 +208,12 @@ def train(
 ) -> None:
     """Train an integer network that fits the accumulator, and prove it."""
     values = _values(context)
-    settings = Settings(**{**values, "command": "train"})
+    settings = None if resume else _settings(context, values)  # resumed, they are those of the run
     from rich.console import Console
 
     from accaware.experiments import job
 
-    if resume:
+    if settings is None:
         job.resume(Path(out), values, Console())
     else:
         job.train(settings, Console())
@@ -257,7 +257,7 @@ def ptq(
     device: Device = _D.device,
 ) -> None:
     """Quantize a trained network without training, and prove that it fits the accumulator."""
-    settings = Settings(**{**_values(context), "command": "ptq"})
+    settings = _settings(context, _values(context, "ptq"))
     from rich.console import Console
 
     from accaware.experiments import job
@@ -265,16 +265,22 @@ def ptq(
     job.ptq(settings, Console())
 
 
-def _values(context: typer.Context) -> dict[str, Any]:
+def _values(context: typer.Context, command: str = "train") -> dict[str, Any]:
     """The options that were given, as `Settings` names them, over those of the recipe."""
     recipe = context.params["recipe"]
-    values = {} if recipe is None else read_recipe(recipe)
-    given = {
-        name: v for name, v in context.params.items() if name not in ("resume", "recipe") and _stated(context, name)
-    }
+    values = {} if recipe is None else read_recipe(recipe, command)
+    given = {name: context.params[name] for name in _stated(context)}
     return {**values, **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}}
 
 
-def _stated(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _settings(context: typer.Context, values: dict[str, Any]) -> Settings:
+    """Of a new run. Raises `ValueError` for impossible values, and for an option that would do nothing."""
+    settings = Settings(**{**values, "command": context.command.name})
+    refuse_unread(_stated(context), [settings])
+    return settings
+
+
+def _stated(context: typer.Context) -> list[str]:
+    """The settings that the command line names."""
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in ("resume", "recipe")}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from accaware.cli import app
-from accaware.cli.jobs import _values, train
+from accaware.cli.jobs import _stated, _values, train
 
 _Argument, _Option = typer.Argument, typer.Option
 SWEEP = "Sweep"
@@ -62,8 +62,11 @@ def sweep(
     Options of `train` apply to all points; they win over the recipe, and the grid wins over them.
     """
     from accaware.experiments.grid import parse, points
+    from accaware.experiments.settings import refuse_unread
 
-    todo = points(parse(grid), {name: value for name, value in _values(context).items() if name in options})
+    values = parse(grid)
+    todo = points(values, {name: value for name, value in _values(context).items() if name in options})
+    refuse_unread([*values, *(name for name in _stated(context) if name in options)], list(todo.values()))
     from rich.console import Console
 
     from accaware.experiments.sweep import sweep as run

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accaware.experiments.settings import FREE_ON_RESUME, Settings, acc_widths, setting
+from accaware.experiments.settings import FREE_ON_RESUME, LACKS, Settings, acc_widths, setting
 
 #: What a baseline, which knows no accumulator, does not depend on: it is trained once for all values of these.
 REGISTER = ("acc_bits", "preload", "tile", "outer_bits", "overflow")
@@ -18,7 +18,8 @@ LARGEST = 100_000  # points
 def parse(texts: Sequence[str]) -> dict[str, list[str]]:
     """ "KEY=V1,V2" and "KEY=LO..HI" (both ends included) as words by the setting's name.
 
-    Raises `ValueError` for anything else, and for a key or a value that is given twice.
+    Raises `ValueError` for anything else, for a key or a value that is given twice, in whatever spelling, and for a
+    setting that `accaware train` does not have.
 
     >>> parse(["method=a2q,projected", "acc-bits=9..11"])
     {'method': ['a2q', 'projected'], 'acc_bits': ['9', '10', '11']}
@@ -37,7 +38,9 @@ def parse(texts: Sequence[str]) -> dict[str, list[str]]:
             words = [str(n) for n in range(low, high + 1)]
         if name == "command" or name in FREE_ON_RESUME:
             raise ValueError(f"--grid {text}: {name} makes no points: it does not say what a run trains")
-        if name in grid or len(set(words)) < len(words):
+        if name in LACKS["train"]:
+            raise ValueError(f"--grid {text}: a sweep trains, and train has no setting {name!r}")
+        if name in grid or len({setting(name, word) for word in words}) < len(words):
             raise ValueError(f"--grid {text}: {name if name in grid else 'a value'} is given twice")
         grid[name] = words
     return grid
@@ -64,6 +67,8 @@ def points(grid: Mapping[str, Sequence[str]], base: Mapping[str, Any]) -> dict[s
                 chosen.pop(name)
             if "acc_bits" in grid:
                 values["acc_bits"] = (BASELINE_BITS,)
+            if "method" in grid:  # said of the other methods
+                values.pop("preload", None)
         point = ",".join(f"{name}={word}" for name, word in chosen.items()).replace("/", "_") or "baseline"
         try:
             settings = Settings(**values)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,11 @@ TRAIN_ONLY = {
     *("penalty", "scale_lr", "distill", "crop_pad", "devices", "num_nodes", "precision", "checkpoint_every"),
 }
 PTQ_ONLY = {"algorithm", "fixed_scale", "max_length"}
+#: By command, the settings that it does not have.
+LACKS = {"train": PTQ_ONLY, "ptq": TRAIN_ONLY}
 TEXT = ("sts", "text")
+#: Lightning's words for parameters in float32, whose products may be of another type. Its others change the parameters.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("normalize", self.normalize, ("imagenet", "cifar10", "none"))
         _one_of("optimizer", self.optimizer, ("sgd", "adam"))
+        _one_of("precision", self.precision, PRECISIONS)
         _one_of("init", self.init, get_args(Init))
         _one_of("algorithm", self.algorithm, (*ALGORITHMS, "projection"))
         for name in ("image_size", "calib", "batch_size", "devices", "num_nodes", "checkpoint_every"):
@@ -178,8 +184,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, for `config.yaml`: those that the command has."""
-        other = PTQ_ONLY if self.command == "train" else TRAIN_ONLY
-        values = {name: value for name, value in asdict(self).items() if name not in other}
+        values = {name: value for name, value in asdict(self).items() if name not in LACKS[self.command]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -187,12 +192,16 @@ class Settings:
         """The inverse of `to_dict`; a name that is no setting is an error, as is a value of another type."""
         return cls(**typed(values))
 
+    def same_run(self) -> str:
+        """Equal for two runs if they compute the same, wherever they do and whatever they are called."""
+        values = {name: value for name, value in self.to_dict().items() if name not in FREE_ON_RESUME}
+        return json.dumps([*sorted(values.items()), self.checkpoint_sha256])
+
     def command_line(self) -> str:
         """The command that repeats this run: its options that are not the default."""
         words = ["accaware", self.command]
-        defaults = {f.name: f.default for f in fields(self)}
         for name, value in self.to_dict().items():
-            if name in ("command", CHECKPOINT_SHA256) or _plain(value) == _plain(defaults[name]):
+            if name in ("command", CHECKPOINT_SHA256) or _plain(value) == _plain(_DEFAULTS[name]):
                 continue
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
@@ -200,6 +209,9 @@ class Settings:
                 for item in value if isinstance(value, list) else [value]:
                     words += [f"--{name.replace('_', '-')}", f"{item}"]
         return shlex.join(words)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Settings)}
 
 
 @dataclass(frozen=True)
@@ -232,10 +244,36 @@ class Schedule:
         return float(self.factor**passed)
 
 
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The settings of a YAML file, by name; of a run's `config.yaml` those that another run can have.
+#: What a float network leaves unread.
+_REQUEST = {f.name for f in fields(Spec)} | {"keep"}
+#: Settings that only some jobs read: their names, what they need, and whether a job has that.
+_READ: tuple[tuple[set[str], str, Callable[[Settings], bool]], ...] = (
+    ({"image_size"}, "data imagenet, folder or bsds300", lambda s: s.data not in ("cifar10", *TEXT)),
+    ({"resize"}, "data imagenet or folder", lambda s: s.data not in ("cifar10", "bsds300", *TEXT)),
+    ({"crop_pad"}, "data cifar10, imagenet or folder", lambda s: s.data != "bsds300"),
+    ({"normalize"}, "images", lambda s: s.data not in TEXT),
+    ({"max_length"}, f"data {' or '.join(TEXT)}", lambda s: s.data in TEXT),
+    ({"outer_bits"}, "a tile, which spills there", lambda s: s.tile is not None),
+    ({"momentum"}, "optimizer sgd", lambda s: s.optimizer == "sgd"),
+    (_REQUEST, "quantize", lambda s: s.quantize),
+)
 
-    Raises `ValueError` for what is no such file, and for unknown names.
+
+def refuse_unread(given: Iterable[str], jobs: Sequence[Settings]) -> None:
+    """Raise `ValueError` where a setting that was `given`, to another value than its default, changes none of the jobs.
+
+    That is for what somebody has just said; a configuration that is read back may say more than its job reads.
+    """
+    for name in given:
+        for names, needed, reads in _READ:
+            if name in names and not any(reads(job) or getattr(job, name) == _DEFAULTS[name] for job in jobs):
+                raise ValueError(f"{name} would change nothing: it needs {needed}")
+
+
+def read_recipe(file: Path, command: str = "train") -> dict[str, Any]:
+    """The settings of a YAML file, by name; of a run's `config.yaml` those that another run, of `command`, can have.
+
+    Raises `ValueError` for what is no such file, and for names that are unknown or that `command` does not have.
     """
     import yaml
 
@@ -244,9 +282,11 @@ def read_recipe(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"recipe {file} cannot be read: {' '.join(str(error).split())}") from error
     try:
-        return {
-            name: value for name, value in typed(values).items() if name not in ("command", "out", CHECKPOINT_SHA256)
-        }
+        found = typed(values)
+        lacked = sorted(found.keys() & LACKS[command])
+        if lacked and "command" not in found:  # which every config.yaml names
+            raise ValueError(f"{command} has no setting {lacked[0]!r}")
+        return {n: v for n, v in found.items() if n not in ("command", "out", CHECKPOINT_SHA256, *lacked)}
     except ValueError as error:
         raise ValueError(f"recipe {file}: {error}") from error
 
