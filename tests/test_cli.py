@@ -40,11 +40,21 @@ from cli_helpers import fails
         (["--val-size", "96"], "val_size must lie in [0, 95]"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--device", "warp"], "device 'warp' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used: it must be auto, cpu, mps, cuda or cuda:NUMBER"),
+        (["--device", "cpu:0"], "device 'cpu:0' cannot be used"),
+        (["--precision", "transformer-engine"], "precision must be one of 32-true, "),
+        (["--checkpoint", "numbered.pt"], "checkpoint numbered.pt holds no state dict of tensors"),
+        (["--image-size", "64"], "image_size would change nothing: it needs data imagenet, folder or bsds300"),
+        (
+            ["--model", "resnet20", "--keep", "conv1=8", "--distill", "1"],
+            "distill needs the weights of a trained model",
+        ),
+        (["--out", "other.safetensors/run"], "run folder other.safetensors/run cannot be made: "),
         (["--model", "tiny_nets:narrow"], "keep: no layer matches '0'"),
         (["--acc-bits", "12", "--acc-bits", "13"], "acc_bits is given twice without a layer pattern: 12, 13"),
         (["--epochs", "many"], "Invalid value for '--epochs'"),
         (["--bogus"], "No such option"),
-        (["--resume"], "holds no run to resume"),
+        (["--resume"], "run folder run holds no run (no config.yaml)"),
     ],
 )
 def test_mistakes(
@@ -53,6 +63,7 @@ def test_mistakes(
     import torch
     from safetensors.torch import save_file
 
+    torch.save({1: torch.zeros(1)}, "numbered.pt")
     save_file({"0.weight": torch.zeros(1, 1)}, "other.safetensors")
     Path("half.safetensors").write_bytes(Path("other.safetensors").read_bytes()[:-1])
     Path("empty").mkdir()
@@ -167,13 +178,28 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().err == "accaware: interrupted\n"
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("a bug", name="accaware.no")])
+def test_our_own_mistakes_keep_their_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a code of their own: 1 is an answer."""
+
     def broken(**_: object) -> None:
-        raise RuntimeError("a bug")
+        raise error
 
     monkeypatch.setattr(cli, "app", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        run(["train"])
+    assert run(["train"]) == 70
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith("a bug\n")
+
+
+def test_a_traceback_may_be_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ACCAWARE_TRACEBACK", "1")
+    assert run(["train", "--out", "run", "--lr", "-1"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith("accaware: lr must be a positive number, not -1.0\n")
 
 
 def test_help_imports_neither_torch_nor_lightning() -> None:

@@ -69,7 +69,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
         load_weights(Net(), tmp_path / "w.pt")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict": 5}])
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict": 5}, {1: torch.zeros(1)}])
 def test_other_contents_are_refused(tmp_path: Path, content: Any) -> None:
     with pytest.raises(ValueError, match="holds no state dict of tensors"):
         load_weights(Net(), write(tmp_path / "w.pt", content))
@@ -83,6 +83,20 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         load_weights(nn.Sequential(nn.Linear(2, 3)), path)
     with pytest.raises(ValueError, match=r"lacks 2\.weight"):
         load_weights(nn.Sequential(*Net(), nn.Linear(3, 1)), path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("0.weight", "nan"), ("0.weight", "-inf"), ("1.running_var", "nan")])
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, name: str, value: str) -> None:
+    tensors = state()
+    tensors[name].view(-1)[0] = float(value)
+    with pytest.raises(ValueError, match=rf"checkpoint .*w\.pt: {name} holds numbers that are not finite"):
+        load_weights(Net(), write(tmp_path / "w.pt", tensors))
+
+
+def test_a_buffer_may_be_infinite(tmp_path: Path) -> None:
+    tensors = state()
+    tensors["1.running_mean"][0] = float("-inf")
+    load_weights(Net(), write(tmp_path / "w.pt", tensors))
 
 
 def test_nothing_is_loaded_where_something_does_not_fit(tmp_path: Path) -> None:

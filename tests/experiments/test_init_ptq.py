@@ -54,8 +54,7 @@ def test_a_resumed_run_is_not_initialised_again(options: list[str], monkeypatch:
     with monkeypatch.context() as patch:
         keep = KeepLast.on_train_batch_end
         patch.setattr(KeepLast, "on_train_batch_end", killed)
-        with pytest.raises(RuntimeError, match="killed"):
-            run([*words, "--out", "killed"])
+        assert run([*words, "--out", "killed"]) == 70
     shutil.copytree("killed", "earlier")
     for file in Path("earlier/checkpoints").iterdir():
         file.unlink()

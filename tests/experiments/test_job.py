@@ -21,6 +21,8 @@ from accaware.certify.model import certify
 from accaware.cli import run
 from accaware.experiments.job import find_device, load_run
 from accaware.experiments.runs import RunFolder
+from cli_helpers import fails
+from experiments.helpers import imagenet_folder
 
 RESULT = {
     "metric": str,
@@ -110,6 +112,70 @@ def test_ptq_writes_the_same_files_without_training(ptq_options: list[str]) -> N
     assert RESULT.keys() <= got.keys()
     assert yaml.safe_load(Path("a/config.yaml").read_text())["command"] == "ptq"
     load_run(Path("a"))
+
+
+def test_ptq_that_is_stopped_leaves_nothing(
+    ptq_options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training could go on in what it left, with its own defaults and without the integers of ptq."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("accaware.experiments.job.certify", stop)
+        assert run(["ptq", *ptq_options, "--out", "a"]) == 130
+    assert not Path("a").exists()
+    assert run(["ptq", *ptq_options, "--out", "a"]) == 0
+    Path("a/result.json").unlink()  # killed in its last moment, or by an earlier version
+    message = fails(["train", "--resume", "--out", "a"], capsys)
+    assert message == "accaware: run folder a is a run of ptq, which never stops halfway: repeat it\n"
+
+
+def test_true_options_may_be_said_again(tmp_path: Path, cache: Path, tiny: str) -> None:
+    """Also one that would be impossible beside the defaults of the others."""
+    words = ["--data", "folder", "--data-dir", str(imagenet_folder(tmp_path / "data")), "--model", tiny]
+    words += ["--image-size", "30", "--resize", "31", "--batch-size", "4", "--epochs", "0.4", "--device", "cpu"]
+    assert run(["train", *words, "--out", "a"]) == 0
+    assert run(["train", "--resume", "--out", "a", "--resize", "31"]) == 0
+
+
+def test_a_model_that_cannot_take_the_images_is_named(
+    tmp_path: Path, cache: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", "folder", "--data-dir", str(imagenet_folder(tmp_path / "data")), "--model", tiny]
+    message = fails(
+        ["train", *words, "--image-size", "64", "--out", "a", "--device", "cpu", "--batch-size", "4"], capsys
+    )
+    assert "model 'tiny_nets:net' cannot take inputs [2, 3, 64, 64]: mat1 and mat2 shapes" in message
+    assert not Path("a").exists()
+
+
+def test_a_score_that_is_no_number_is_no_result(
+    ptq_options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = iter((50.0, float("nan")))
+    monkeypatch.setattr("accaware.experiments.job.evaluate", lambda *_: next(scores))
+    assert "top-1 of the quantized network is nan" in fails(["ptq", *ptq_options, "--out", "a"], capsys)
+    assert not Path("a").exists()
+
+
+def test_a_damaged_run_is_one_line(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", *options, "--epochs", "0.2", "--out", "a"]) == 0
+    weights, config = Path("a/model.safetensors"), Path("a/config.yaml")
+    whole, said = weights.read_bytes(), config.read_text()
+    config.write_text(said.replace("image_size: 32", "image_size: 64"))  # which nothing read, once
+    assert run(["certify", "a"]) == 0
+    weights.write_bytes(whole[:100])
+    for words in (["certify", "a"], ["export", "a", "-o", "a.onnx"]):
+        assert "a/model.safetensors is damaged: " in fails(words, capsys)
+    weights.write_bytes(whole)
+    config.write_text(
+        said.replace("tiny_nets:net", "tiny_nets:narrow").replace("- 0=8", "- 1=8").replace("- 8=8\n", "")
+    )
+    assert "a/model.safetensors is of another network: " in fails(["certify", "a"], capsys)
+    Path("a/result.json").write_text("{}")
+    assert "a/result.json is damaged: it lacks 'classes'" in fails(["certify", "a"], capsys)
 
 
 @pytest.mark.parametrize("method", ["a2q", "a2q+", "baseline"])

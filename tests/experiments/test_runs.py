@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from pathlib import Path
 
@@ -19,10 +20,46 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     run.path.mkdir()
     run.require_new()
     (run.path / "notes").touch()
-    with pytest.raises(ValueError, match=r"run folder .*run exists; --resume continues it"):
+    with pytest.raises(ValueError, match=r"run folder .*run exists and is not empty; --out takes another one$"):
         run.require_new()
+    for command, hint in (("ptq", "and is not empty; --out takes another one"), ("train", "train --resume continues")):
+        run.create(Settings(command=command))
+        with pytest.raises(ValueError, match=f"run folder .*run exists.*{hint}"):
+            run.require_new()
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(run.path / "notes").require_new()
+
+
+def test_a_folder_that_cannot_be_made_is_found_out_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"run cannot be made: .*file is no folder that can be written to"):
+        RunFolder(tmp_path / "file" / "deep" / "run").require_new()
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"run folder run cannot be made: {tmp_path} is no folder that"):
+        RunFolder(Path("run")).require_new()
+
+
+def test_the_configuration_is_the_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("accaware.experiments.runs.write_whole", full)
+    with pytest.raises(OSError, match="full"):
+        RunFolder(tmp_path / "run").create(Settings())
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"metric": "top1"}'])
+def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=r"result\.json is damaged: "):
+        RunFolder(tmp_path).result()
+
+
+def test_a_result_is_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RunFolder(tmp_path).write_result({"top1": float("nan")})
 
 
 def test_the_configuration_comes_back(tmp_path: Path) -> None:

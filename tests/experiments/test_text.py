@@ -17,7 +17,7 @@ import accaware as aa
 from accaware.cli import run
 from accaware.experiments.job import load_run
 from accaware.experiments.results import read_runs
-from accaware.experiments.text import Pairs, TokenBatches, drawn, load, pairs_from_folder, spearman
+from accaware.experiments.text import Pairs, Running, TokenBatches, drawn, load, pairs_from_folder, spearman
 from cli_helpers import fails
 from transformer_helpers import folder
 
@@ -101,6 +101,20 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         load("text", tmp_path, lambda text: {"input_ids": text.split()}, 8)
 
 
+def test_equal_scores_are_refused(tmp_path: Path) -> None:
+    """Nothing correlates with a constant: the result would be no number."""
+    write(tmp_path / "pairs.tsv", "3\ta cat\ta dog\n3.0\tthe house\ta tree\n\ta\tb\n")
+    with pytest.raises(ValueError, match="all scores are equal, and nothing correlates with that"):
+        load("sts", tmp_path, lambda texts, **_: {"input_ids": [[1]] * len(texts)}, 8)
+
+
+def test_a_perplexity_beyond_floats_is_infinite() -> None:
+    def model(input_ids, attention_mask):
+        return SimpleNamespace(logits=torch.tensor([0.0, 1e4]).expand(*input_ids.shape, 2))
+
+    assert Running([[0, 0, 0]], []).score(model, torch.device("cpu")) == math.inf  # type: ignore[arg-type]
+
+
 def test_the_score_correlates_cosines_of_mean_tokens() -> None:
     vectors = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
 
@@ -179,4 +193,6 @@ def test_impossible_requests_are_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "data 'sts' is for ptq" in fails(["train", *sts, "--model", "hf:x"], capsys)
     assert "without val_size" in fails(["ptq", *sts, "--model", "hf:x", "--val-size", "3"], capsys)
     assert "model 'hf:" in fails(["ptq", *sts, "--model", f"hf:{tmp_path}"], capsys)
+    longer = ["--model", f"hf:{folder('bert', tmp_path / 'encoder')}", "--max-length", "33"]
+    assert "max_length must be at most 32, the positions of hf:" in fails(["ptq", *sts, *longer], capsys)
     assert "max_length must be at least 2" in fails(["ptq", *sts, "--model", "hf:x", "--max-length", "1"], capsys)

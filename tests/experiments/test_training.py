@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import accaware as aa
 from accaware.experiments.batches import EvalBatches
 from accaware.experiments.images import NORMALIZATIONS
 from accaware.experiments.settings import Settings
-from accaware.experiments.training import Network, Plan, accelerator, evaluate, parameter_groups
+from accaware.experiments.training import Network, Plan, WholeFiles, accelerator, evaluate, parameter_groups
 from accaware.formats import Method
 from experiments.helpers import random_images
 
@@ -138,6 +139,13 @@ class Bright(nn.Module):
         level = (x.mean((1, 2, 3)) * 0.25 * 255 + 120).sub(50).div(70).round().long().clamp(0, 2)
         level[0] = (level[0] + 1) % 3
         return nn.functional.one_hot(level, 3).float()[:, : self.outputs]
+
+
+@pytest.mark.parametrize("content", ["junk", [1, 2], {}, {"state_dict": {}}])
+def test_what_is_no_checkpoint_of_a_run_is_named(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "step-1.ckpt")
+    with pytest.raises(ValueError, match=r"checkpoint .*step-1\.ckpt is damaged; without it, the run starts again"):
+        WholeFiles().load_checkpoint(tmp_path / "step-1.ckpt", weights_only=True)
 
 
 def test_top1_counts_and_leaves_the_mode_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from typing import Any
 
@@ -16,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+#: The exit code of an error of our own, as sysexits.h has it.
+BROKEN = 70
 #: typer brings its own copy of click or uses the installed one; either way this is its class of usage errors
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -23,7 +26,8 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 def run(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code; whatever the user can put right becomes one line on stderr.
 
-    Set ACCAWARE_TRACEBACK to see where such an error comes from.
+    Set ACCAWARE_TRACEBACK to see where such an error comes from. An error of our own shows that in any case; its code
+    is `BROKEN`, since 1 is an answer.
     """
     warnings.showwarning = _show_warning
     try:
@@ -38,14 +42,21 @@ def run(arguments: list[str] | None = None) -> int:
         return _say(error.format_message(), 2)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "accaware":
-            raise
+            return _broken()
         return _say(f"{error.name} is not installed; pip install 'accaware[all]' brings everything", 2)
     except OSError as error:
         return _say(_os_error(error), 2)
     except (ValueError, TypeError) as error:
         if os.environ.get("ACCAWARE_TRACEBACK"):
-            raise
+            traceback.print_exc()
         return _say(str(error), 2)
+    except Exception:
+        return _broken()
+
+
+def _broken() -> int:
+    traceback.print_exc()
+    return BROKEN
 
 
 def _os_error(error: OSError) -> str:

@@ -38,7 +38,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"checkpoint {path} holds no state dict of tensors")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -46,15 +46,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load `path` into `model`; every tensor of either must have its place in the other.
 
-    Raises `ValueError` that names the first tensor that is missing, left over, or of another shape.
+    Raises `ValueError` that names the first tensor that is missing, left over, of another shape, or not finite.
     """
     state, own = read_state(path), model.state_dict()
+    learned = dict(model.named_parameters())
     for name, tensor in own.items():
         if name not in state and not name.endswith("num_batches_tracked"):
             raise ValueError(f"checkpoint {path} lacks {name}")
         if name in state and state[name].shape != tensor.shape:
             shapes = f"{tuple(state[name].shape)}, the model needs {tuple(tensor.shape)}"
             raise ValueError(f"checkpoint {path}: {name} has shape {shapes}")
+        # A buffer may well be infinite: a mask of attention is.
+        if name in state and not (state[name].isfinite() if name in learned else ~state[name].isnan()).all():
+            raise ValueError(f"checkpoint {path}: {name} holds numbers that are not finite")
     if extra := sorted(set(state) - set(own)):
         raise ValueError(f"checkpoint {path} holds {extra[0]}, which the model does not have")
     model.load_state_dict(state, strict=False)  # batch counters may be missing, nothing else can be

@@ -30,6 +30,7 @@ from accaware.experiments.images import (
 from accaware.experiments.tasks import CLASSIFICATION, SUPER_RESOLUTION, Task
 
 SPLIT_SEED = 0
+CIFAR10_SIZE = 32  # pixels
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _read_parquet(file: Path) -> Images:
         table = pq.read_table(file, columns=["img", "label"])
         encoded = pa.chunked_array(table["img"]).combine_chunks().field("bytes").to_pylist()
         labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
-        return Images(decode_all(encoded, 32), labels)
+        return Images(decode_all(encoded, CIFAR10_SIZE), labels)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"data file {file} cannot be read: {first_line(error)}") from error
 
@@ -137,7 +138,7 @@ def cifar10_from_hub() -> tuple[Images, Images]:
 
 def _cifar10_from_hub(split: str) -> Images:
     rows, labels = _hub_rows("uoft-cs/cifar10", split, "img")
-    return Images(decode_all([row["bytes"] for row in rows["img"]], 32), labels)
+    return Images(decode_all([row["bytes"] for row in rows["img"]], CIFAR10_SIZE), labels)
 
 
 def _hub_rows(name: str, split: str, column: str) -> tuple[Any, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +22,13 @@ from accaware.certify.model import certify
 from accaware.experiments import models, runs, text
 from accaware.experiments.batches import EvalBatches, calibration_images
 from accaware.experiments.checkpoints import fingerprint, load_weights
-from accaware.experiments.data import Dataset, load
+from accaware.experiments.data import CIFAR10_SIZE, Dataset, load
 from accaware.experiments.images import NORMALIZATIONS, Images, first_line
 from accaware.experiments.metrics import Metric
 from accaware.experiments.models import huggingface
 from accaware.experiments.settings import CHECKPOINT_SHA256, TEXT, Settings, check_same
 from accaware.experiments.training import Network, Plan, evaluate, fit, train_batches
+from accaware.inputs import call
 
 EVAL_PIXELS = 500 * 32 * 32  # in the outputs or inputs of one batch
 CALIB_BATCH = 250
@@ -49,12 +52,17 @@ class Job:
     started: float
 
     def score(self, model: nn.Module) -> float:
-        """The task's metric on the test (or validation) images, or on text."""
+        """The task's metric on the test (or validation) images, or on text. Raises `ValueError` unless it is finite."""
         model = model.to(self.device)
-        if not isinstance(self.data, Dataset):
-            return self.data.score(model, self.device)
-        images, normalization = self.data.evaluation, NORMALIZATIONS[self.settings.normalize]
-        return evaluate(model, EvalBatches(images, _fitting(images), normalization, self.data.task), self.device)
+        if isinstance(self.data, Dataset):
+            images, normalization = self.data.evaluation, NORMALIZATIONS[self.settings.normalize]
+            value = evaluate(model, EvalBatches(images, _fitting(images), normalization, self.data.task), self.device)
+        else:
+            value = self.data.score(model, self.device)
+        if not math.isfinite(value):
+            network = "float" if model is self.reference else "quantized" if self.settings.quantize else "trained"
+            raise ValueError(f"{self.data.task.name} of the {network} network is {value}: its outputs tell nothing")
+        return value
 
 
 def train(settings: Settings, console: Console) -> dict[str, Any]:
@@ -71,10 +79,12 @@ def train(settings: Settings, console: Console) -> dict[str, Any]:
 def resume(folder: Path, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """`accaware train --resume`: go on with the run in `folder`; `given` are the options that were stated again.
 
-    A run that is complete is left alone. Raises `ValueError` where `given` contradicts the run.
+    A run that is complete is left alone. Raises `ValueError` where `given` contradicts the run, or it is one of `ptq`.
     """
     run = runs.RunFolder(folder)
     settings = run.settings()
+    if settings.command != "train":
+        raise ValueError(f"run folder {folder} is a run of {settings.command}, which never stops halfway: repeat it")
     if CHECKPOINT_SHA256 not in given and ("checkpoint" in given or not run.complete):
         checkpoint = given.get("checkpoint", settings.checkpoint)
         given = {**given, "checkpoint": checkpoint, CHECKPOINT_SHA256: fingerprint(checkpoint)}
@@ -89,6 +99,8 @@ def resume(folder: Path, given: Mapping[str, Any], console: Console) -> dict[str
 def _train(run: runs.RunFolder, settings: Settings, console: Console, resume: bool) -> dict[str, Any]:
     if settings.init == "ptq":
         _require_trained(settings, "init 'ptq'")
+    if settings.distill:
+        _require_trained(settings, "distill")
     job = _prepare(settings)
     assert isinstance(job.data, Dataset)  # settings refuse text
     float_score = _float_score(job, console)
@@ -125,7 +137,6 @@ def ptq(settings: Settings, console: Console) -> dict[str, Any]:
     float_score = _float_score(job, console)
     if settings.algorithm != "projection":
         _reconstruct(job, settings.algorithm, settings.fixed_scale)
-    run.create(settings)
     return _finish(job, run, float_score, time.monotonic() - job.started, console)
 
 
@@ -144,13 +155,19 @@ def _reconstruct(job: Job, algorithm: str = "budgeted", fixed_scale: bool = Fals
 
 
 def load_run(folder: Path) -> nn.Module:
-    """The prepared (or float) model of a complete run, in evaluation mode on the CPU, from its folder alone."""
+    """The prepared (or float) model of a complete run, in evaluation mode on the CPU, from its folder alone.
+
+    Raises `ValueError` where a file of it is missing or damaged, or the code of its network is another one now.
+    """
     run = runs.RunFolder(folder)
     settings, state = run.settings(), run.model_state()
     model = _build(settings, run.result()["classes"])
     if settings.quantize:
         _quantize(model, settings, sample_input(folder))
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'model.safetensors'} is of another network: {first_line(error)}") from error
     return model.eval()
 
 
@@ -159,7 +176,8 @@ def sample_input(folder: Path) -> Any:
     settings = runs.RunFolder(folder).settings()
     if settings.data in TEXT:
         return _sample_text(settings, torch.device("cpu"))
-    return torch.zeros(2, 3, settings.image_size, settings.image_size)
+    size = CIFAR10_SIZE if settings.data == "cifar10" else settings.image_size
+    return torch.zeros(2, 3, size, size)
 
 
 def _sample_text(settings: Settings, device: torch.device) -> dict[str, torch.Tensor]:
@@ -204,12 +222,26 @@ def _prepare(settings: Settings) -> Job:
     else:
         calibration = text.drawn(data.unlabelled, settings.calib, settings.seed)
         sample = _sample_text(settings, device)
+    _require_fit(reference, sample, settings)
     if settings.quantize:
         _quantize(model, settings, sample)
         aa.calibrate(model, calibration, init="search" if settings.init == "ptq" else settings.init)
         if settings.bias_correct:
             aa.bias_correct(model, reference, calibration)
     return Job(settings, device, data, calibration, model, reference if trained else None, started)
+
+
+@torch.no_grad()
+def _require_fit(model: nn.Module, sample: Any, settings: Settings) -> None:
+    """Raise `ValueError` where the model cannot take inputs of that shape."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if settings.data in TEXT and positions is not None and settings.max_length > positions:
+        raise ValueError(f"max_length must be at most {positions}, the positions of {settings.model}")
+    try:
+        call(model, sample)
+    except (RuntimeError, IndexError) as error:
+        shape = list((sample["input_ids"] if settings.data in TEXT else sample).shape)
+        raise ValueError(f"model {settings.model!r} cannot take inputs {shape}: {first_line(error)}") from error
 
 
 def _build(settings: Settings, classes: int | None) -> nn.Module:
@@ -278,6 +310,8 @@ def _finish(
         "versions": runs.versions(*(["transformers"] if settings.data in TEXT else [])),
         "commit": runs.commit(),
     }
+    if settings.command == "ptq":  # which leaves nothing behind where it is stopped; training has begun its folder
+        run.create(settings)
     run.write_model(model, {"accaware": aa.__version__, "command": settings.command_line()})
     if certificate is not None:
         certificate.save(run.path / "certificate.json")
@@ -321,8 +355,10 @@ def _report(result: dict[str, Any], run: runs.RunFolder, task: Metric, console: 
 def find_device(name: str) -> torch.device:
     """The device called `name`: "auto" takes a GPU where there is one, and each process of a host has one of its own.
 
-    Raises `ValueError` where it does not exist.
+    Raises `ValueError` where it does not exist, or is of a kind that this library does not train on.
     """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r} cannot be used: it must be auto, cpu, mps, cuda or cuda:NUMBER")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

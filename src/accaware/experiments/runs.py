@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -44,23 +45,34 @@ class RunFolder:
         return (self.path / "result.json").exists()
 
     def require_new(self) -> None:
-        """Raise `ValueError` where something is in the way of a new run."""
+        """Raise `ValueError` where something is in the way of a new run, now and not when its work is done."""
         if self.path.is_file():
             raise ValueError(f"run folder {self.path} is a file")
         if self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(f"run folder {self.path} exists; --resume continues it")
+            raise ValueError(f"run folder {self.path} exists{self._way_on()}")
+        near = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (near.is_dir() and os.access(near, os.W_OK | os.X_OK)):
+            raise ValueError(f"run folder {self.path} cannot be made: {near} is no folder that can be written to")
+
+    def _way_on(self) -> str:
+        try:
+            train = self.settings().command == "train"
+        except ValueError:
+            train = False
+        return "; train --resume continues it" if train else " and is not empty; --out takes another one"
 
     def create(self, settings: Settings) -> None:
-        """Make the folder and write its configuration."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        """Make the folder and write its configuration, first of all: what has none is no run."""
+        self.path.mkdir(parents=True, exist_ok=True)
         text = f"# repeat with:\n#   {settings.command_line()}\n" + yaml.safe_dump(settings.to_dict(), sort_keys=False)
         write_whole(self.path / "config.yaml", text)
+        self.checkpoints.mkdir(exist_ok=True)
 
     def settings(self) -> Settings:
         """What `create` wrote. Raises `ValueError` where there is no run, or its configuration is damaged."""
         file = self.path / "config.yaml"
         if not file.is_file():
-            raise ValueError(f"run folder {self.path} holds no run to resume (no config.yaml)")
+            raise ValueError(f"run folder {self.path} holds no run (no config.yaml)")
         try:
             return Settings.from_dict(yaml.safe_load(file.read_text()))
         except (yaml.YAMLError, TypeError, ValueError) as error:
@@ -76,16 +88,27 @@ class RunFolder:
         write_whole(self.path / "model.safetensors", save(state, about))
 
     def model_state(self) -> dict[str, Tensor]:
-        """What `write_model` wrote."""
-        return load_file(self.path / "model.safetensors")
+        """What `write_model` wrote. Raises `ValueError` where it is damaged."""
+        file = self.path / "model.safetensors"
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
 
     def write_result(self, result: dict[str, Any]) -> None:
         """`result.json`."""
-        write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        write_whole(self.path / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
     def result(self) -> dict[str, Any]:
-        """What `write_result` wrote."""
-        return dict(json.loads((self.path / "result.json").read_text()))
+        """What `write_result` wrote. Raises `ValueError` where it is damaged."""
+        file = self.path / "result.json"
+        try:
+            found = json.loads(file.read_text())
+            if missing := sorted({"metric", "classes"} - dict(found).keys()):
+                raise ValueError(f"it lacks {missing[0]!r}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+        return dict(found)
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

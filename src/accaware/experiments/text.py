@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,6 +19,7 @@ from accaware.experiments.images import first_line, require_folder
 from accaware.experiments.metrics import PERPLEXITY, SPEARMAN, Metric
 
 BATCH_TOKENS = 4096
+MAX_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Running:
             total += float(
                 F.cross_entropy(logits[:, :-1].mT.float(), inputs["input_ids"][:, 1:].to(device), reduction="sum")
             )
-        return math.exp(total / sum(len(piece) - 1 for piece in self.pieces))
+        mean = total / sum(len(piece) - 1 for piece in self.pieces)
+        return math.exp(mean) if mean < MAX_EXPONENT else math.inf
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -111,6 +114,8 @@ def load(name: str, folder: Path | None, tokenizer: Any, length: int) -> Pairs |
         plain = [sentence for score, *pair in rows if score is None for sentence in pair]
         if len(judged) < 2 or not plain:
             raise ValueError(f"data {folder or name} needs pairs with a score, and pairs without one for calibration")
+        if len({row[0] for row in judged}) < 2:
+            raise ValueError(f"data {folder or name}: all scores are equal, and nothing correlates with that")
         sentences = [row[1] for row in judged] + [row[2] for row in judged]
         tokens = tokenizer(sentences + plain, truncation=True, max_length=length)["input_ids"]
         human = torch.tensor([row[0] for row in judged], dtype=torch.float64)

@@ -170,11 +170,14 @@ class WholeFiles(TorchCheckpointIO):
         write_whole(Path(path), buffer.getvalue())
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """Raises `ValueError` where the file is damaged."""
+        """Raises `ValueError` where the file is damaged, or is no checkpoint of a run."""
         try:
-            return super().load_checkpoint(path, *args, **options)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            found: Any = super().load_checkpoint(path, *args, **options)
+            if not {"state_dict", "optimizer_states", "accaware_seconds"} <= found.keys():
+                raise ValueError("it is no checkpoint of a run")
+        except (RuntimeError, EOFError, AttributeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"checkpoint {path} is damaged; without it, the run starts again") from error
+        return dict(found)
 
 
 class KeepLast(Callback):
