@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from accaware.cli import run
 from accaware.experiments.results import read_runs
 from accaware.experiments.runs import RunFolder
 from accaware.experiments.settings import Settings
-from accaware.experiments.sweep import _locked, _shares
+from accaware.experiments.sweep import _found, _locked, _shares
 from cli_helpers import fails
 
 pytest.importorskip("ray", reason="a sweep needs Ray")
@@ -223,7 +224,25 @@ def test_a_complete_sweep_starts_nothing(options: list[str], capsys: pytest.Capt
     message = "run folder sweep/seed=1 was made with --lr 0.005, not 0.5"
     assert message in fails([*words, "--lr", "0.5"], capsys)
     assert "a run of a sweep is one process" in fails([*words, "--devices", "2"], capsys)
-    assert "quantize must be true" in fails([*words, "--no-quantize"], capsys)
+    assert "quantize must be true" in fails([*words[:1], *words[-4:], "--no-quantize"], capsys)
+
+
+def test_a_grid_in_another_order_finds_its_runs(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options += ["--epochs", "0.2"]
+    for bits, seed in (("12", "1"), ("13", "0")):
+        out = f"sweep/acc_bits={bits},seed={seed}"
+        assert run(["train", *options, "--acc-bits", bits, "--seed", seed, "--out", out]) == 0
+    Path("sweep/damaged").mkdir()
+    Path("sweep/damaged/config.yaml").write_text("a: [")
+    capsys.readouterr()
+    words = ["sweep", *options, "--out", "sweep", "--address", "127.0.0.1:1"]
+    assert run([*words, "--grid", "seed=01", "--grid", "acc_bits=12"]) == 0
+    assert capsys.readouterr().out == "1 points, 1 complete: sweep\n"
+    folder, new = Path("sweep"), Settings(out="sweep/x")
+    assert _found({"x": new}, folder) == {"x": new}
+    Path("sweep/acc_bits=13,seed=0/result.json").unlink()  # half-done
+    half = replace(RunFolder(folder / "acc_bits=13,seed=0").settings(), out="sweep/x")
+    assert _found({"x": half}, folder)["x"].out == "sweep/acc_bits=13,seed=0"
 
 
 def test_a_checkpoint_that_changed_makes_another_run(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

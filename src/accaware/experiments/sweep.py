@@ -12,7 +12,7 @@ import os
 import platform
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +41,8 @@ def sweep(
     gpus_per_run: float | None = None,
     retries: int = 1,
 ) -> dict[str, str]:
-    """Train every point that is not complete, in `folder`/NAME. Returns, by the point's name, why it failed.
+    """Train every point that is not complete, in `folder`/NAME, or where a run of the same settings lies in `folder`
+    under another name. Returns, by the point's name, why it failed.
 
     address: of a Ray cluster ("auto" finds it), None starts one on this machine. workers: runs at a time; by default
     one for each core, or for each share of a GPU. gpus_per_run: may be a fraction; by default 1 where there are any.
@@ -58,6 +59,7 @@ def sweep(
         name: replace(settings, out=str(folder / name), checkpoint_sha256=hashes[settings.checkpoint])
         for name, settings in points.items()
     }
+    points = _found(points, folder)
     todo = {name: settings for name, settings in points.items() if not _complete(Path(settings.out), settings)}
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"{len(points)} points, {len(points) - len(todo)} complete: {folder}", highlight=False, markup=False)
@@ -69,10 +71,26 @@ def sweep(
                 if failure:
                     failures[name] = failure
                 else:
-                    _say(bar.console, name, folder / name)
+                    _say(bar.console, name, Path(todo[name].out))
                 bar.advance(bar.task_ids[0])
     write_index(folder)
     return failures
+
+
+def _found(points: Mapping[str, Settings], folder: Path) -> dict[str, Settings]:
+    """The points, each in the folder that holds its run: a grid in another order, or with values in another spelling,
+    calls the same points by other names.
+    """
+    new = {name for name, settings in points.items() if not (Path(settings.out) / "config.yaml").exists()}
+    there: dict[str, Path] = {}
+    for file in sorted(folder.glob("*/config.yaml")) if new else ():
+        if file.parent.name not in points:
+            with suppress(ValueError):  # a damaged one is nobody's
+                there.setdefault(RunFolder(file.parent).settings().same_run(), file.parent)
+    return {
+        name: replace(settings, out=str(there.get(settings.same_run(), settings.out))) if name in new else settings
+        for name, settings in points.items()
+    }
 
 
 def _complete(folder: Path, settings: Settings) -> bool:
