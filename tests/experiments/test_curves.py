@@ -46,11 +46,11 @@ def test_what_is_tuned_along_with_a_setting_tells_no_more_curves() -> None:
     free = [made_up(77, 8, lr=0.04, preload="free"), made_up(81, 9, lr=0.02, preload="free")]
     curves = only(*none, *free).curves
     assert [(c.label, values(c)) for c in curves] == [
-        ("projected, preload none", [(8, 76), (9, 80)]),
+        ("projected", [(8, 76), (9, 80)]),
         ("projected, preload free", [(8, 77), (9, 81)]),
     ]
     (narrow, *_) = only(*none, *free, made_up(82, 9, lr=0.04, preload="free")).curves
-    assert narrow.label == "projected, preload none, lr 0.02", "two rates at one point: the rates are curves"
+    assert narrow.label == "projected, lr 0.02", "two rates at one point: the rates are curves"
 
 
 def test_less_perplexity_is_better() -> None:
@@ -66,9 +66,9 @@ def test_settings_that_differ_within_a_point_make_curves() -> None:
     others = [made_up(60, 10, method="a2q+", init="ep"), made_up(61, 10, method="a2q+", acc_bits=["10", "conv1=20"])]
     group = only(*first, *others)
     assert [curve.label for curve in group.curves] == [
-        "projected, preload none",
+        "projected",
         "projected, preload free",
-        "a2q+, acc_bits none",
+        "a2q+",
         "a2q+, acc_bits conv1=20",
     ]
     assert values(group.curves[0]) == [(10, 80), (11, 70)]  # lr differs between points only
@@ -115,6 +115,15 @@ def test_distances_are_those_between_lines() -> None:
     worse = [made_up(v, p, method="a2q+", init="ep") for v, p in ((50, 14), (69, 12))]  # not on the front
     found = [(d.bits, d.value, d.saved, d.at_least) for d in distances(only(*ours, *theirs, *worse))]
     assert found == [(16, 95, None, False), (14, 88, 3, False), (11, 83, 1.5, False), (10, 70, 1, True)]
+
+
+def test_a_bound_that_says_nothing_is_left_out() -> None:
+    """A curve that starts at the other's width, or at a wider one, and lies above it there."""
+    theirs = [made_up(80, 10, method="a2q+"), made_up(85, 12, method="a2q+")]
+    found = distances(only(made_up(81, 10), made_up(90, 12), *theirs))
+    assert [(d.bits, d.saved, d.at_least) for d in found] == [(12, pytest.approx(12 - 10 - 8 / 9), False)]
+    assert distances(only(made_up(90, 11), theirs[0])) == []
+    assert [d.saved for d in distances(only(made_up(80, 10), theirs[0]))] == [0], "as good, and that is known"
 
 
 def test_a_curve_that_sinks_is_met_where_it_first_reaches_the_value() -> None:
@@ -228,12 +237,15 @@ def test_the_committed_results_can_be_read() -> None:
         ("empty.json", "[]", "empty.json holds no complete run of a quantized network"),
         ("half.json", '[{"config"', "half.json holds no collected runs"),
         ("other.json", '{"a": 1}', "other.json holds no collected runs"),
+        ("nan.json", "NAN", "nan.json holds no collected runs: ValueError: top1 is not finite"),
         ("short.json", '[{"config": {}, "result": {"metric": "top1"}}]', "short.json holds no collected runs"),
     ],
 )
 def test_damaged_files_are_named(
     name: str, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if text == "NAN":
+        text = collected([made_up(80, 10)]).replace('"top1": 80', '"top1": NaN')
     if text is not None:
         (tmp_path / name).write_text(text)
     assert message in fails(["report", str(tmp_path / name)], capsys)

@@ -11,10 +11,13 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from accaware.cli import run
 from accaware.experiments.curves import groups
+from accaware.experiments.figures import LIGHT, MARKERS, _line, _title, draw
 from accaware.experiments.results import Run, collected
 from accaware.formats import IntFormat
 from cli_helpers import fails
@@ -158,6 +161,51 @@ def test_pictures_are_written_for_light_and_dark_pages(tmp_path: Path) -> None:
     assert run(["report", str(tmp_path / "runs.json"), "-o", str(tmp_path / "again.svg")]) == 0
     assert (tmp_path / "again.svg").read_bytes() == first
     assert len(groups(runs())) == 1
+
+
+def many(count: int) -> list[Run]:
+    """Curves of one point each, which differ in a setting."""
+    return [made_up(70 + number, 10, preload=f"p{number}") for number in range(count)]
+
+
+def test_a_long_legend_stands_below_and_leaves_the_curves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    draw(groups([*many(11), made_up(1, 10, epochs=3.0)]), "png")
+    canvas = FigureCanvasAgg(drawn[0])
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    above, below = drawn[0].subfigs
+    (legend,) = above.legends
+    box = legend.get_window_extent(renderer)
+    assert all(axes.get_legend() is None for axes in above.axes)
+    assert not any(box.overlaps(axes.get_tightbbox(renderer)) for axes in above.axes)
+    assert box.x0 >= 0
+    assert box.x1 <= above.bbox.x1
+    assert box.y0 >= above.bbox.y0 - 1
+    assert below.legends == []
+    assert below.axes[0].get_legend() is not None
+
+
+def test_every_curve_of_a_method_has_a_marker_of_its_own() -> None:
+    (group,) = groups(many(len(MARKERS)))
+    assert len({_line(group, number, LIGHT)["marker"] for number in range(len(group.curves))}) == len(MARKERS) > 9
+
+
+def test_a_figure_says_which_pairs_of_bits_its_points_have() -> None:
+    (one,) = groups([made_up(80, 10)])
+    (two,) = groups([made_up(80, 10), made_up(85, 16, act_bits=8)])
+    assert _title(one) == one.title
+    assert _title(two) == f"{two.title}\neach point is the best that was run there of W4A4, W4A8"
+
+
+def test_the_committed_figure_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "results"
+    files = [str(folder / f"cifar10-resnet20-{name}.json") for name in ("w4a4", "w4a4-more")]
+    assert run(["report", *files, "-o", str(tmp_path / "front.svg")]) == 0
+    shown = [re.findall(r"<!-- (.+) -->", (f / "front.svg").read_text()) for f in (folder, tmp_path)]
+    assert shown[0] == shown[1], "other words; whether lines lie elsewhere depends on the version of matplotlib"
 
 
 def test_nothing_is_written_where_nothing_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

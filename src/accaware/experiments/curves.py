@@ -164,7 +164,7 @@ def _curves(method: str, runs: list[Run]) -> list[Curve]:
         series.setdefault(_said(run, telling), []).append(run)
     found = []
     for values, members in series.items():
-        suffix = "".join(f", {name} {value}" for name, value in zip(telling, values, strict=True))
+        suffix = "".join(f", {n} {v}" for n, v in zip(telling, values, strict=True) if _OFF.get(n) != v)
         if method != "baseline":
             found.append(Curve(method + suffix, method, _points(members, lambda seeds: seeds[0].result["acc_bits"])))
             continue
@@ -201,6 +201,10 @@ def _word(value: Any) -> str:
 # Distances -----------------------------------------------------------------------------------------------------------
 
 
+#: Settings that are off by default, and how they say so: a label says what a run has, not all that it does without.
+_OFF = {name: _word(value) for name, value in Run({}, {}, []).settings.items() if not value or value == "none"}
+
+
 @dataclass(frozen=True)
 class Distance:
     """How many bits less `curve` needs for the `value` of the best curve of another method at `bits`.
@@ -219,7 +223,8 @@ class Distance:
 def distances(group: Group, method: str = "projected", other: str = "a2q+") -> list[Distance]:
     """From every curve of `method` to the front of `other`, the best at each width; linearly interpolated.
 
-    Widths where a narrower one is as good are not on the front. None where less is better.
+    Widths where a narrower one is as good are not on the front. A lower bound that is not above 0 says nothing and is
+    left out. None where less is better.
     """
     if group.shared["metric"] in LOWER_IS_BETTER:
         return []
@@ -235,7 +240,9 @@ def distances(group: Group, method: str = "projected", other: str = "a2q+") -> l
             for bits, value in sorted(best.items(), reverse=True):
                 reach = bits_for(known, value)
                 saved = None if reach is None else bits - reach
-                found.append(Distance(curve.label, bits, value, saved, known[0][1] > value))
+                distance = Distance(curve.label, bits, value, saved, known[0][1] > value)
+                if saved is None or saved > 0 or not distance.at_least:
+                    found.append(distance)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -138,13 +139,16 @@ def _of_file(file: Path) -> list[Run]:
 def _checked(run: Run) -> Run:
     """The run, whose numbers are there."""
     r = run.result
-    _ = run.value, run.reference, run.type_bits, run.settings, run.shown, r["method"], r["act_bits"], r["seed"]
+    if not (math.isfinite(run.value) and math.isfinite(run.reference or 0)):
+        raise ValueError(f"{run.metric} is not finite")
+    _ = run.type_bits, run.settings, run.shown, r["method"], r["act_bits"], r["seed"]
     return run
 
 
 def collected(runs: Iterable[Run]) -> str:
     """The runs as JSON, one on each line, which `read_runs` reads."""
-    rows = (json.dumps({"config": run.config, "result": run.result, "layers": run.layers}) for run in runs)
+    records = ({"config": run.config, "result": run.result, "layers": run.layers} for run in runs)
+    rows = (json.dumps(record, allow_nan=False) for record in records)
     return "[\n" + ",\n".join(rows) + "\n]\n"
 
 
