@@ -136,7 +136,7 @@ Penalty = Annotated[
 Warmup = Annotated[float, _Option(help="Share of the steps that warm up.", rich_help_panel=TRAIN)]
 ScaleLr = Annotated[float, _Option(help="Learning rate of quantizers relative to --lr.", rich_help_panel=TRAIN)]
 Distill = Annotated[float, _Option(help="Weight of the distance to the float network's output.", rich_help_panel=TRAIN)]
-Precision = Annotated[str, _Option(help="Lightning's precision, such as bf16-mixed.", rich_help_panel=TRAIN)]
+Precision = Annotated[str, _Option(help="32-true, bf16-mixed or 16-mixed.", rich_help_panel=TRAIN)]
 Seed = Annotated[int, _Option(help="Of everything random.", rich_help_panel=RUN)]
 Device = Annotated[str, _Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=RUN)]
 Devices = Annotated[int, _Option(help="Processes per node (DDP).", rich_help_panel=RUN)]
