@@ -397,31 +397,22 @@ def test_data_that_are_not_finite_name_the_layer(value):
         aa.calibrate(model, IMAGES)
 
 
-@pytest.mark.parametrize(("preload", "needed"), [("none", 12), ("free", 13)])
-def test_an_outer_register_that_the_tiles_may_not_fit_is_refused(preload, needed):
-    """The width that the message asks for is enough for the largest weights, and one bit less is not."""
+def test_the_certificate_judges_the_outer_register():
+    """Tiles bound their own registers alone: whether their sum fits is decided for the weights that there are."""
     x = torch.rand(32, 256)
-
-    def made(outer, method="projected"):
-        spec = Spec(acc_bits=8, tile=16, outer_bits=outer, preload=preload, method=method)
-        return aa.prepare_(nn.Sequential(nn.Linear(256, 4)), spec)
-
-    with pytest.raises(ValueError, match=rf"^0: outer_bits={needed - 1} is too small .* may need {needed}"):
-        aa.calibrate(made(needed - 1), [x])
-    model = made(needed)
+    model = aa.prepare_(nn.Sequential(nn.Linear(256, 4)), Spec(acc_bits=8, tile=16, outer_bits=11))
     aa.calibrate(model, [x])
     with torch.no_grad():
         model[0].weight.fill_(-1)
+        model[0].weight[:, 16:] = 0
         model[0].weight_quant.scale.fill_(1)
+    assert aa.certify(model).holds
+    with torch.no_grad():
+        model[0].weight.fill_(-1)
     (operation,) = aa.certify(model).operations
-    assert operation.verdict == "proven"
-    assert bits_needed(min(operation.outer_lo), max(operation.outer_hi)) == needed
-
-
-def test_plain_rounding_is_judged_afterwards_by_its_outer_register_too():
-    model = aa.prepare_(nn.Sequential(nn.Linear(256, 4)), Spec(acc_bits=8, tile=16, outer_bits=8, method="baseline"))
-    aa.calibrate(model, [torch.rand(32, 256)])
-    assert not aa.certify(model).holds
+    assert operation.verdict == "refuted"
+    assert operation.witness.register == "outer"
+    assert bits_needed(min(operation.outer_lo), max(operation.outer_hi)) == 12
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accaware.bounds import bits_needed, budget
+from accaware.bounds import budget
 from accaware.formats import Accumulator, IntFormat, Method, Spec, TapOrder
 from accaware.quantizers import ActivationQuantizer, weight_quantizer
 from accaware.rotation import hadamard, turned
@@ -119,22 +119,6 @@ class QuantLayer(nn.Module):
         changed = [f"{what} {now[what]}, not {was}" for what, was in self._geometry.items() if now[what] != was]
         if changed:
             raise ValueError(f"{self.name}: changed since prepare_, which needs the final shape: {', '.join(changed)}")
-
-    def check_outer(self) -> None:
-        """Raises `ValueError` where tiles that fit their own register may not fit the outer one together."""
-        register, tiles = self.spec.accumulator, self.rows.tiles
-        if register.tile is None or self.spec.method == "baseline":  # plain rounding is judged afterwards
-            return
-        lo, hi = register.lo, register.hi
-        if register.preload == "free":  # what spills is the sum less its start value
-            lo, hi = lo - hi, hi - lo
-        types = self.rows.fan_in * self.weight_quant.form.hi * codes_of(self).magnitude
-        needed = bits_needed(max(tiles * lo, -types), min(tiles * hi, types))
-        if needed > register.outer_bits:
-            raise ValueError(
-                f"{self.name}: outer_bits={register.outer_bits} is too small for {tiles} tiles of "
-                f"acc_bits={register.bits}, whose sum may need {needed}"
-            )
 
     def make_rotation(self) -> Tensor | None:
         """What inputs and weights are multiplied by."""

@@ -189,8 +189,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
     not project.
 
     Raises `ValueError` without data, for data that are not finite, for a layer that no data reached or whose weight
-    became computed, and for an accumulator, or an outer register of tiles, too small for a layer. Raises `TypeError`
-    for one batch in place of several.
+    became computed, and for an accumulator too small for a layer. Raises `TypeError` for one batch in place of several.
     """
     if init not in ("search", "ep", "none"):
         raise ValueError(f"init must be search, ep or none, not {init!r}")
@@ -219,7 +218,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], init: Init = "search") -
         quantizer.calibrate(name)
     for name, layer in layers.items():
         layer.bind()
-        layer.check_outer()
         with torch.no_grad():
             rows = layer.rows.split(layer.weight)
             importance = layer.rows.split(_per_tap(layer, powers[name].mean()))

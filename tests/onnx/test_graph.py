@@ -99,6 +99,13 @@ def test_functions_that_hide_an_operator_are_refused(tmp_path) -> None:
     assert [op.kind for op in read_model(called("local", "MatMul"), tmp_path).operations] == ["Add", "Gemm"]
 
 
+def test_functions_that_nothing_calls_hide_nothing(tmp_path) -> None:
+    made = called("com.microsoft", "Gelu")
+    (call,) = [n for n in made.graph.node if n.op_type == "Gelu"]
+    call.op_type, call.domain = "MatMul", ""
+    assert [op.kind for op in read_model(made, tmp_path).operations] == ["MatMul", "Gemm"]
+
+
 def test_functions_that_stay_calls_are_refused(tmp_path) -> None:
     """onnx leaves those of other versions where they are; here the call would read as Gelu, which adds nothing."""
     refused(called("com", "microsoft.Gelu", opset=16), tmp_path, "of another version")

@@ -198,11 +198,11 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-# Distances -----------------------------------------------------------------------------------------------------------
-
-
 #: Settings that are off by default, and how they say so: a label says what a run has, not all that it does without.
 _OFF = {name: _word(value) for name, value in Run({}, {}, []).settings.items() if not value or value == "none"}
+
+
+# Distances -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

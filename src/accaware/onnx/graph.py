@@ -192,12 +192,12 @@ def inlined(model: ModelProto) -> ModelProto:
     functions = {(f.domain, f.name): f for f in model.functions}
     if not functions:
         return model
-    for domain, name in functions:
-        if not domain or domain in QONNX or domain.startswith(_BUILT_IN):
-            raise ValueError(f"its local function '{name}' is in domain '{domain}', which is one of operators")
     counts: dict[tuple[str, str], int] = {}
     if _expanded(model.graph.node, functions, counts, 0) > _MOST_NODES:
         raise ValueError(f"its local functions expand to more than {_MOST_NODES} nodes")
+    for domain, name in counts:
+        if not domain or domain in QONNX or domain.startswith(_BUILT_IN):
+            raise ValueError(f"its local function '{name}' is in domain '{domain}', which is one of operators")
     try:
         made = inliner.inline_local_functions(model)
     except Exception as error:  # whatever the C++ code throws at a broken model
