@@ -20,15 +20,15 @@ def f32(value):
     return np.asarray(value, np.float32)
 
 
-def claimed(nodes, x, constants, folder):
-    """Of x -> nodes -> e -> product: the centred codes claimed for e (None: none), the real ones, and why none are."""
+def claimed(nodes, x, constants, folder, shape=None):
+    """Of x [*shape] -> nodes -> e -> product: centred codes claimed for e (None: none), real ones, why none are."""
     constants = {"s": f32(1), "w": np.ones((2, 1), np.int8), **constants}
     constants = {"ws": constants["s"], **constants}
     kind = next(kind for name, kind in INTS.items() if np.dtype(name) == x.dtype)
     last = "MatMul" if constants["w"].ndim == 2 else "Conv"
     made = model(
         [*nodes, node("DequantizeLinear", "w ws", "f"), node(last, "e f", "y", "last")],
-        {"x": (kind, [None] * x.ndim)},
+        {"x": (kind, shape or [None] * x.ndim)},
         {"y": None},
         constants,
         opset=21,
@@ -187,25 +187,102 @@ def test_the_range_holds(name, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "safe"),
+    ("attributes", "size", "safe"),
     [
-        ({"pads": [1, 1, 1, 1], "dilations": [5, 5]}, False),
-        ({"pads": [1, 1, 1, 1]}, True),
-        ({"dilations": [2, 2]}, True),
-        ({"ceil_mode": 1, "strides": [2, 2]}, True),
-        ({"ceil_mode": 1, "strides": [3, 3]}, False),
-        ({"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, False),
+        ({"pads": [1, 1, 1, 1], "dilations": [5, 5]}, (4, 4), False),
+        ({"pads": [1, 0, 1, 0], "dilations": [2, 1]}, (1, 4), False),
+        ({"pads": [1, 0, 0, 0], "dilations": [2, 1]}, (2, 4), True),
+        ({"pads": [1, 1, 1, 1], "dilations": [5, 5], "kernel_shape": [3, 3]}, (9, 9), True),
+        ({"pads": [2, 2, 2, 2], "dilations": [2, 2], "kernel_shape": [3, 3]}, (1, 3), True),
+        ({"pads": [1, 1, 1, 1]}, (4, 4), True),
+        ({"dilations": [2, 2]}, (4, 4), True),
+        ({"ceil_mode": 1, "strides": [2, 2]}, (4, 4), True),
+        ({"ceil_mode": 1, "strides": [3, 3]}, (4, 4), False),
+        ({"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, (4, 4), False),
     ],
 )
-def test_windows_of_padding_alone(attributes, safe, tmp_path) -> None:
-    pool = node("MaxPool", "c", "m", kernel_shape=[2, 2], **attributes)
+def test_windows_of_padding_alone(attributes, size, safe, tmp_path) -> None:
+    pool = node("MaxPool", "c", "m", **{"kernel_shape": [2, 2], **attributes})
     nodes = [node("Clip", "x l", "c"), pool, node("DequantizeLinear", "m s", "e")]
-    x = np.full((1, 1, 4, 4), 5, np.int8)
+    x = np.full((1, 1, *size), 5, np.int8)
     found, real, _ = claimed(nodes, x, {"l": np.int8(0), "w": np.ones((1, 1, 1, 1), np.int8)}, tmp_path)
     assert (found.lo, found.hi) == (0 if safe else -128, 127)
     assert found.lo <= real.min()
     if "dilations" in attributes and "pads" in attributes:
-        assert real.min() == -128
+        assert real.min() == (5 if safe else -128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "safe"),
+    [
+        ([None, 3, 4], [2], True),
+        ([None, 3, 4], [1, -1], True),
+        ([None, 3, 4], [0], False),
+        ([None, 3, 4], [], False),
+        ([2, 3, 4], [], True),
+        ([2, 3, 0], [], False),
+        ([None, 3, None], [2], False),
+        ([None, 3, -1], [2], False),
+    ],
+)
+def test_the_largest_of_some(shape, axes, safe, tmp_path) -> None:
+    """Of none it is the smallest number of the type, which is no code of floats."""
+    nodes = [DQ, node("Relu", "d", "r"), node("ReduceMax", "r axes", "m"), node("Flatten", "m", "e")]
+    x = np.full([2 if size is None else max(0, size) for size in shape], 5, np.int8)
+    kept = [1 if i in [a % 3 for a in axes or range(3)] else size for i, size in enumerate(x.shape)]
+    constants = {"axes": np.asarray(axes, np.int64), "w": np.ones((kept[1] * kept[2], 1), np.int8)}
+    found, real, _ = claimed(nodes, x, constants, tmp_path, shape)
+    assert (found and (found.lo, found.hi)) == ((0, 127) if safe else None)
+    assert safe or x.size or np.isneginf(real).all()
+
+
+@pytest.mark.parametrize(("shape", "safe"), [([2, 3], True), ([None, 3], False)])
+def test_the_largest_along_what_a_run_says(shape, safe, tmp_path) -> None:
+    nodes = [DQ, node("ReduceMax", "d i", "e"), node("Identity", "axes", "i")]
+    made = model(
+        [nodes[2], *nodes[:2], node("DequantizeLinear", "w s", "f"), node("MatMul", "e f", "y", "last")],
+        {"x": (INTS["uint8"], shape), "axes": (INTS["int64"], [1])},
+        {"y": None},
+        {"s": f32(1), "w": np.ones((3, 1), np.int8)},
+        opset=21,
+    )
+    assert bool(read_model(made, tmp_path).products) == safe
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "attributes"),
+    [
+        ("MaxPool", [1, 1, 1, 1], {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 1, 1, 1], "ceil_mode": 1}),
+        ("MaxPool", [1, 1, 3, 3], {"kernel_shape": [2, 2], "dilations": [2, 2], "auto_pad": "SAME_UPPER"}),
+        ("PRelu", [1, 1, 1, 1], {}),
+    ],
+)
+def test_shapes_that_runtimes_see_otherwise(kind, shape, attributes, tmp_path) -> None:
+    """An average of n values is n times finer: n must be that of the run."""
+    first = node(kind, "d" if kind == "MaxPool" else "d k", "m", **attributes)
+    again = [node("QuantizeLinear", "m s z", "q"), node("DequantizeLinear", "q s z", "r")]
+    constants = {"k": np.ones((1, 1, 2, 2), np.float32), "w": np.ones((1, 1, 1, 1), np.int8), "z": np.uint8(0)}
+    x = np.full(np.abs(shape), 5, np.uint8)
+    found, _, _ = claimed([DQ, first, *again, node("GlobalAveragePool", "r", "e")], x, constants, tmp_path, shape)
+    assert found is None
+
+
+@pytest.mark.parametrize(("floats", "finite"), [(np.float16, False), (np.float32, True)])
+def test_averages_of_unknown_size(floats, finite, tmp_path) -> None:
+    """Half floats may overflow on the way; the others round to at most twice the average."""
+    nodes = [node("DequantizeLinear", "x s", "d"), node("GlobalAveragePool", "d", "c"), *INTEGERS]
+    constants = {"s": np.asarray(1, floats), "ws": f32(1), "z": np.uint16(0), "w": np.ones((1, 1, 1, 1), np.int8)}
+    x = np.full((1, 1, 64, 64), 255, np.uint8)
+    found, real, _ = claimed(nodes, x, constants, tmp_path)
+    assert (found.lo, found.hi) == (0, 510 if finite else 65535)
+    assert real.max() <= found.hi
+
+
+def test_averages_that_overflow_on_the_way(tmp_path) -> None:
+    nodes = [node("DequantizeLinear", "x s", "d"), node("AveragePool", "d", "c", kernel_shape=[32, 32]), *INTEGERS]
+    constants = {"s": half(1), "ws": f32(1), "z": np.uint16(0), "w": np.ones((1, 1, 1, 1), np.int8)}
+    found, _, _ = claimed(nodes, np.full((1, 1, 32, 32), 255, np.uint8), constants, tmp_path)
+    assert found.hi == 65535
 
 
 def test_pooled_weights_are_no_weights(tmp_path) -> None:

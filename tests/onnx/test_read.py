@@ -379,6 +379,41 @@ def test_weights_follow_the_rounding_of_the_executor(domain, mode, tmp_path) -> 
     check_sums(made, network, feeds([2, 3, 4, 4]), run_qonnx)
 
 
+@pytest.mark.parametrize("height", [9, None])
+def test_an_average_that_is_truncated(height, tmp_path) -> None:
+    """As Brevitas writes its pooling: averaged, times the number of values again, and cut to fewer bits."""
+    d = QONNX[0]
+    nodes = [
+        node("Quant", "w s nought bits", "f", domain=d, signed=1, narrow=1),
+        node("Conv", "d f", "c"),
+        node("Relu", "c", "r"),
+        node("Quant", "r s nought four", "a", domain=d, signed=0, narrow=0),
+        node("GlobalAveragePool", "a", "g"),
+        node("Mul", "g n", "m"),
+        node("Trunc", "m s nought ten four", "t", domain=d),
+        node("Flatten", "t", "e"),
+        node("Quant", "w2 s nought bits", "f2", domain=d, signed=1, narrow=1),
+        node("MatMul", "e f2", "y", "last"),
+        node("Quant", "g s nought ten", "h", domain=d, signed=1, narrow=0),
+        node("Flatten", "h", "i"),
+        node("MatMul", "i f2", "y2", "rounded"),
+    ]
+    constants = {
+        "w": RNG.normal(size=(8, 3, 3, 3)).astype(np.float32),
+        "w2": RNG.normal(size=(8, 4)).astype(np.float32),
+        "n": scalar(49),
+        "ten": scalar(10),
+    }
+    made = qonnx(d, nodes, constants, [1, 3, height, height])
+    network = read_model(made, tmp_path)
+    codes = {op.name: (op.codes.lo, op.codes.hi) for op in network.products}
+    if height:
+        assert (codes["last"], codes["rounded"]) == ((0, 11), (0, 15))
+    else:  # however many it averages, it is at most twice as large
+        assert (codes["last"], codes["rounded"]) == ((0, 22), (0, 30))
+    check_sums(made, network, {"x": 20 * feeds([1, 3, 9, 9])["x"]}, run_qonnx)
+
+
 def test_bipolar_truncated_and_thresholded(tmp_path) -> None:
     d = QONNX[0]
     nodes = [
@@ -474,6 +509,24 @@ def test_other_sums(tmp_path) -> None:
         Other("reduce", "ReduceSum", "values of one tensor", None, IntFormat(-3, 252)),
         Other("softmax", "Softmax", "floats within one tensor"),
     )
+
+
+def test_how_many_a_reduction_adds(tmp_path) -> None:
+    """onnxruntime counts them, of a tensor of ones."""
+    axes = {"all": np.zeros(0, np.int64), "one": np.array([-1]), "two": np.array([1, 3])}
+    nodes = [node("ReduceSum", f"x {name}", f"y_{name}", name) for name in axes]
+    nodes += [
+        node("ReduceSum", "x all", "y_noop", "noop", noop_with_empty_axes=1),
+        node("ReduceSum", "x", "y_no", "no"),
+    ]
+    nodes += [node("Identity", "axes", "i"), node("ReduceSum", "x i", "y_late", "late")]
+    inputs = {"x": [2, 3, 4, 5], "axes": (TensorProto.INT64, [1])}
+    made = model(nodes, inputs, {f"y_{name}": None for name in (*axes, "noop", "no", "late")}, axes)
+    terms = {op.name: op.terms for op in read_model(made, tmp_path).others}
+    assert terms.pop("late") is None
+    data = {"x": np.ones((2, 3, 4, 5), np.float32), "axes": np.array([0])}
+    real = run(made, data, [f"y_{name}" for name in terms])
+    assert terms == {name: real[f"y_{name}"].flat[0] for name in terms}
 
 
 def branch(name, weights):
@@ -588,12 +641,15 @@ def test_values_that_a_run_may_feed(tmp_path) -> None:
 def test_shapes_that_nobody_checks(tmp_path) -> None:
     """What a file says of the shapes between nodes may be wrong; onnxruntime warns and goes on."""
     nodes = [node("Identity", "d", "i"), node("GlobalAveragePool", "i", "p"), DQ, node("Conv", "p f", "y")]
-    made = qdq(ints(1, 1, 1, 1), nodes, [1, 1, 2, 2])
-    made.graph.value_info.append(helper.make_tensor_value_info("i", 1, [1, 1, 1, 2]))
-    assert "no known codes" in read_model(made, tmp_path).unproven[0].reason
-    assert run(made, feeds([1, 1, 2, 2]), ["p"])["p"].shape == (1, 1, 1, 1)
-    made.graph.node[3].input[0] = "d"  # of no shape in the file, and none of an input
-    assert read_model(made, tmp_path).unproven
+    for size, claim in (([1, 1, 2, 2], "value_info"), ([None] * 4, "value_info"), ([1, 1, -1, 2], "output")):
+        made = qdq(ints(1, 1, 1, 1), nodes, size)
+        getattr(made.graph, claim).append(helper.make_tensor_value_info("i", 1, [1, 1, 1, 2]))
+        network = read_model(made, tmp_path)
+        if size == [1, 1, 2, 2]:  # from which it follows how many there are
+            assert [product.codes for product in network.products] == [IntFormat(0, 1020)]
+        else:
+            assert "no known codes" in network.unproven[0].reason
+        assert run(made, feeds([1, 1, 2, 2]), ["p"])["p"].shape == (1, 1, 1, 1)
     nodes = [node("GlobalAveragePool", "x", "p"), DQ, node("Conv", "p f", "y")]
     made = model(nodes, {"x": [1, 1, 2, 2]}, {"y": None}, {"w": ints(1, 1, 1, 1), "ws": scalar(0.5)})
     (product,) = read_model(made, tmp_path, dict([parse_input("x=uint4")])).products

@@ -97,7 +97,7 @@ class Call:
     """A node and what is known of its inputs.
 
     shape: the dimensions of a tensor, where the file gives them, which is good for a report. known: those that hold in
-    every run: of the model's own inputs, which runtimes check.
+    every run: of the model's own inputs, which runtimes check, and what follows from them.
     """
 
     node: Node

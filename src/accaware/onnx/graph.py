@@ -6,7 +6,7 @@ import hashlib
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from onnx import (
     ValueInfoProto,
     inliner,
     load_model,
+    shape_inference,
 )
 
 from accaware.onnx.tensors import (
@@ -124,7 +125,8 @@ class Model:
 
     sha256: of the file, or, with external data, of the file followed, for every data file in the order of their names,
     by that name, a zero byte and its own SHA-256. defaults: inputs that have an initializer, of which a run may feed
-    another value (in the first versions of the format it may not).
+    another value (in the first versions of the format it may not). message: the file without its large tensors, local
+    functions inlined.
     """
 
     path: Path
@@ -133,7 +135,20 @@ class Model:
     opsets: Mapping[str, int]
     metadata: Mapping[str, str]
     graph: Graph
+    message: ModelProto
     defaults: tuple[str, ...] = ()
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The dimensions, of tensors of the outermost graph, that follow from those of its inputs and constants.
+
+        What the file says of other tensors does not count, as nobody checks it.
+        """
+        try:
+            values = shape_inference.infer_shapes(_unclaimed(self.message)).graph.value_info
+        except Exception:  # whatever the C++ code throws at a broken model
+            return {}
+        return {v.name: shape for v in values if (shape := _value(v).shape) is not None}
 
 
 def load(path: str | Path) -> Model:
@@ -150,7 +165,8 @@ def load(path: str | Path) -> Model:
         model = ModelProto.FromString(stripped.message)
         digest = hashlib.sha256(buffer)
         reader = _Reader(path.parent, stripped)
-        graph = reader.graph(inlined(model).graph, None)
+        whole = inlined(model)
+        graph = reader.graph(whole.graph, None)
         opsets = {_text(entry.domain): entry.version for entry in model.opset_import}
         metadata = {_text(entry.key): _text(entry.value) for entry in model.metadata_props}
         for name, data in sorted(reader.files.items()):
@@ -160,7 +176,49 @@ def load(path: str | Path) -> Model:
         raise ValueError(f"{path}: {' '.join(str(reason).split())[:500]}") from error
     defaults = tuple(i.name for i in model.graph.input if i.name in graph.constants) if model.ir_version > 3 else ()
     size = len(buffer) + sum(map(len, reader.files.values()))
-    return Model(path, size, digest.hexdigest(), opsets, metadata, graph, defaults)
+    return Model(path, size, digest.hexdigest(), opsets, metadata, graph, whole, defaults)
+
+
+#: Operators whose outputs have the shape that onnx infers, whatever the runtime: of windows see `_unclaimed`.
+_SHAPED = (
+    "Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant Conv DequantizeLinear Div Dropout Elu "
+    "Equal Erf Exp Flatten Floor Gelu Gemm GlobalAveragePool GlobalMaxPool Greater HardSigmoid HardSwish Identity "
+    "LayerNormalization LeakyRelu Less Log MatMul Max MaxPool Min Mish Mul Neg Not Or Pad Pow QuantizeLinear "
+    "Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Round Selu Sigmoid Sign Softmax Softplus Sqrt "
+    "Squeeze Sub Sum Tanh Transpose Unsqueeze Where"
+)
+_BROADCASTS = frozenset(("Quant", "IntQuant", "BipolarQuant", "Trunc"))  # of QONNX: over all of their inputs
+
+
+def _unclaimed(model: ModelProto) -> ModelProto:
+    """What tensors' shapes follow from: a model without what it says of the tensors that its nodes compute.
+
+    Left out are nodes whose shapes runtimes and onnx may see differently: of other operators, and with windows that
+    are rounded up (runtimes drop those in the padding) or padded by a rule (where dilated, onnx errs).
+    """
+    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    made = ModelProto(ir_version=max(4, model.ir_version))
+    made.opset_import.add(domain="", version=version)
+    graph, shaped = made.graph, set(_SHAPED.split())
+    graph.name = "shapes"
+    graph.initializer.extend(model.graph.initializer)
+    constants = {tensor.name for tensor in graph.initializer}
+    for info in model.graph.input:
+        if info.name not in constants:
+            graph.input.append(info)
+            for size in graph.input[-1].type.tensor_type.shape.dim:
+                if size.dim_value <= 0:  # which runtimes take for any
+                    size.Clear()
+    for node in model.graph.node:
+        if node.domain in QONNX and node.op_type in _BROADCASTS and version >= 8:
+            graph.node.add(op_type="Sum", input=[name for name in node.input if name], output=node.output)
+        elif node.domain in ("", "ai.onnx") and node.op_type in shaped:
+            given = {attribute.name: attribute for attribute in node.attribute}
+            ruled = "auto_pad" in given and given["auto_pad"].s not in (b"", b"NOTSET", b"VALID")
+            if not ruled and not ("ceil_mode" in given and given["ceil_mode"].i):
+                graph.node.append(node)
+                graph.node[-1].domain = ""
+    return made
 
 
 def message(path: str | Path) -> ModelProto:
@@ -413,5 +471,5 @@ def _sparse(name: str) -> Constant:
 
 def _value(info: ValueInfoProto) -> Value:
     tensor = info.type.tensor_type
-    shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in tensor.shape.dim)
     return Value(ELEMENTS.get(tensor.elem_type), shape if tensor.HasField("shape") else None)

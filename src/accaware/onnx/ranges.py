@@ -26,6 +26,7 @@ from accaware.onnx.facts import (
     outward,
     rounded,
     union,
+    unit,
     with_value,
 )
 from accaware.onnx.graph import Shape
@@ -80,16 +81,21 @@ def _is_constant(fact: Fact) -> bool:
 def _windows_hold_data(call: Call) -> bool:
     """Whether every window of a MaxPool meets the tensor, and does not lie in its padding alone."""
     node, kernel = call.node, call.node.ints("kernel_shape")
-    pads, ceil = node.ints("pads"), node.get("ceil_mode", 0)
-    padded = any(pads) or node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    if not ceil and not padded:
+    pads, ceil, ones = node.ints("pads"), node.get("ceil_mode", 0), (1,) * len(kernel)
+    same = node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    if not ceil and not same and not any(pads):
         return True
-    # Without gaps it reaches out of the padding, unless that is as long as the window; rounding up adds to it.
-    strides = node.ints("strides") or (1,) * len(kernel)
-    room = [k - (s - 1 if ceil else 0) for k, s in zip(kernel, strides, strict=True)]
+    strides, gaps = node.ints("strides") or ones, node.ints("dilations") or ones
     pads = pads or (0,) * 2 * len(kernel)
-    gaps = any(d != 1 for d in node.ints("dilations"))
-    return not gaps and all(p < k for p, k in zip(pads, 2 * room, strict=True))
+    sides = zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)
+
+    def meets(k: int, s: int, d: int, before: int, after: int) -> bool:
+        if d == 1:  # it reaches out of the padding, unless that is as long as the window; rounding up adds to it
+            return max(before, after) < k - (s - 1 if ceil else 0)
+        # Not all of its elements fit into the padding of both sides together.
+        return d > 1 and not ceil and not same and -(-max(before, 0) // d) - (-max(after, 0) // d) < k
+
+    return all(meets(k, s, d, *side) for k, s, d, side in zip(kernel, strides, gaps, sides, strict=True))
 
 
 def _with_extreme(fact: Fact, sign: int) -> Fact:
@@ -101,19 +107,35 @@ def _with_extreme(fact: Fact, sign: int) -> Fact:
 
 def reduced(call: Call) -> list[Fact]:
     """ReduceMax or ReduceMin."""
-    count = reduced_terms(call, call.known)
     (fact,) = selected(call)
-    return [fact if count else _with_extreme(fact, -1 if call.node.kind == "ReduceMax" else 1)]
+    shape = call.known(call.node.inputs[0])
+    dims = None if shape is None else _reduced_dims(call, len(shape))
+    # Of dimensions that are only known at run time, it may be any.
+    sizes = [None] if shape is None else [shape[i] for i in (range(len(shape)) if dims is None else dims)]
+    return [fact if all(sizes) else _with_extreme(fact, -1 if call.node.kind == "ReduceMax" else 1)]
 
 
 def reduced_terms(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:
     """How many values a reduction takes together, where the shape of its input says it."""
     shape = shape_of(call.node.inputs[0])
-    if shape is None:
+    dims = None if shape is None else _reduced_dims(call, len(shape))
+    if shape is None or dims is None:
         return None
-    axes = call.array(1, "axes").reshape(-1).tolist() if call.has(1) else call.node.ints("axes") or range(len(shape))
-    sizes = [shape[int(a)] for a in axes]
+    sizes = [shape[i] for i in dims]
     return None if None in sizes else int(np.prod(np.asarray(sizes, dtype=object)))
+
+
+def _reduced_dims(call: Call, rank: int) -> set[int] | None:
+    """The dimensions of a tensor of this rank that a reduction reduces; None where they are not constant."""
+    axes: Sequence[int] = call.node.ints("axes")
+    if call.has(1):
+        array = constant(call.fact(1))
+        if array is None:
+            return None
+        axes = array.reshape(-1).tolist()
+    if not axes and not call.node.get("noop_with_empty_axes", 0):
+        return set(range(rank))
+    return {range(rank)[int(axis)] for axis in axes}
 
 
 def cropped(call: Call) -> list[Fact]:
@@ -365,28 +387,41 @@ def batch_norm(call: Call) -> list[Fact]:
 
 
 def average(call: Call) -> list[Fact]:
-    """AveragePool: n times finer codes where every output averages n of them, else the same interval."""
+    """Average pooling: n times finer codes where every output averages n of them, else an interval."""
     fact = call.fact(0)
-    lo, hi = interval(fact)
+    lo, hi = (end(0.0, x) for end, x in zip((min, max), interval(fact), strict=True))
     kernel = call.node.ints("kernel_shape")
     plain = not any(call.node.ints("pads")) and not call.node.get("ceil_mode", 0)
     plain = plain and call.node.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     n, floats = terms_of(call, call.known), floats_of(fact)
+    # Rounded to nearest, a + b is at most 2 b away from a: one after the other, values sum up to at most twice the sum.
+    size = 2 * max(-lo, hi) * (n or _MOST_TERMS)
+    fits = floats is not None and size <= float(np.finfo(floats).max)
+    few = n is not None and 2 * n * unit(floats) < 0.5
     if (
         isinstance(fact, Codes)
         and fact.scale is not None
         and not isinstance(fact.zero, IntFormat)
         and n
+        and few
         and (plain or not kernel)
         and fact.type is None
         and fact.values is None
+        and fits
     ):
-        lo, hi, error = fact.lo * n, fact.hi * n, fact.error * n
-        finer = replace(fact, lo=lo, hi=hi, scale=fact.scale / n, zero=fact.zero * n, error=error)
-        return [rounded(finer, floats, n)]
+        least, most, error = fact.lo * n, fact.hi * n, fact.error * n
+        finer = replace(fact, lo=least, hi=most, scale=fact.scale / n, zero=fact.zero * n, error=error)
+        return [rounded(finer, floats, n + 2)]
     reason = fact.reason if isinstance(fact, Reals) else f"it is the output of {call.node.kind} '{call.node.name}'"
-    lo, hi = outward(min(lo, 0.0), max(hi, 0.0), floats if n else None, 2 * (n or 1))
+    if n and few:
+        lo, hi = outward(lo, hi, floats if fits else None, 2 * n)
+    else:  # and the sums of some are summed up in turn, in not so many steps
+        lo, hi = outward(2 * lo, 2 * hi, floats if fits else None, _STEPS)
     return [Reals(reason, lo, hi, floats)]
+
+
+_MOST_TERMS = 2**64  # elements of a tensor, far more than fit in memory
+_STEPS = 256
 
 
 def terms_of(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:

@@ -15,7 +15,7 @@ from onnx import defs
 
 from accaware.formats import IntFormat
 from accaware.onnx.facts import ONE, Call, Codes, Fact, Floats, Reals, floats_of, integers
-from accaware.onnx.graph import Graph, Shape, Value, load
+from accaware.onnx.graph import Graph, Model, Shape, Value, load
 from accaware.onnx.products import PRODUCTS, Product
 from accaware.onnx.quantizers import QUANTIZERS
 from accaware.onnx.ranges import RANGES, Handler, folded, reduced_terms, terms_of
@@ -89,7 +89,7 @@ def read(path: str | Path, inputs: Mapping[str, Codes] | None = None) -> Network
     damaged, and for a name in `inputs` that is no graph input or a range that does not fit its type.
     """
     model = load(path)
-    reading = _Reading(dict(inputs or {}), model.bytes, _presumed(model.defaults))
+    reading = _Reading(dict(inputs or {}), model)
     with np.errstate(all="ignore"):  # hostile scales overflow; what comes out is checked
         reading.graph(model.graph, ChainMap())
     return Network(model.sha256, model.opsets, model.metadata, reading.assumed, tuple(reading.operations))
@@ -124,14 +124,15 @@ _FOLDED_ELEMENTS = 2**22
 class _Reading:
     """Walks through the nodes and collects what is known of every tensor, and the operations."""
 
-    def __init__(self, inputs: dict[str, Codes], size: int, presumed: str) -> None:
+    def __init__(self, inputs: dict[str, Codes], model: Model) -> None:
         self.given = inputs
-        self.presumed = presumed
+        self.model = model
+        self.presumed = _presumed(model.defaults)
         self.assumed: dict[str, Codes] = {}
         self.operations: list[Product | Unproven | Other] = []
         # A small file can describe much: a million views of one tensor, each quantized anew. These end that.
         self.weights: set[int] = set()
-        self.weight_bytes = _MADE_WEIGHTS + 16 * size
+        self.weight_bytes = _MADE_WEIGHTS + 16 * model.bytes
         self.folded_elements = _FOLDED_ELEMENTS
 
     def graph(self, graph: Graph, outer: ChainMap[str, Fact]) -> None:
@@ -143,7 +144,7 @@ class _Reading:
         for name, constant in graph.constants.items():
             facts[name] = _annotated(constant, graph.annotations.get(name))
         for node in graph.nodes:
-            call = Call(node, [facts[name] if name else None for name in node.inputs], *_shapes(graph))
+            call = Call(node, [facts[name] if name else None for name in node.inputs], *_shapes(graph, self.model))
             for place, (name, fact) in enumerate(zip(node.outputs, self._node(call, graph), strict=False)):
                 if isinstance(fact, Reals) and fact.floats is None:
                     fact = replace(fact, floats=_floats(call, place))
@@ -259,7 +260,7 @@ def _floats(call: Call, place: int) -> Floats | None:
     return floats_of(*(call.facts[i] for i in inputs if i < len(call.facts)))
 
 
-def _shapes(graph: Graph) -> tuple[Callable[[str], Shape | None], Callable[[str], Shape | None]]:
+def _shapes(graph: Graph, model: Model) -> tuple[Callable[[str], Shape | None], Callable[[str], Shape | None]]:
     """What `Call` says of shapes: those in the file, and those that hold."""
 
     def shape(name: str) -> Shape | None:
@@ -275,7 +276,9 @@ def _shapes(graph: Graph) -> tuple[Callable[[str], Shape | None], Callable[[str]
         scope = graph
         while scope.parent is not None and not scope.defines(name):
             scope = scope.parent
-        return scope.inputs[name].shape if scope.parent is None and name in scope.inputs else None
+        if scope.parent is not None:
+            return None
+        return scope.inputs[name].shape if name in scope.inputs else model.shapes.get(name)
 
     return shape, known
 
