@@ -34,6 +34,9 @@ from accaware.onnx.tensors import ELEMENTS, SMALL, Array, Constant, UnreadableEr
 
 Handler = Callable[[Call], Sequence[Fact]]
 
+_MOST_TERMS = 2**64  # elements of a tensor, far more than fit in memory
+_STEPS = 256  # of rounding, more than it takes to sum up the sums of some elements
+
 
 def kept(call: Call) -> list[Fact]:
     """The first output holds values of the input, at the same places along the channels."""
@@ -415,13 +418,9 @@ def average(call: Call) -> list[Fact]:
     reason = fact.reason if isinstance(fact, Reals) else f"it is the output of {call.node.kind} '{call.node.name}'"
     if n and few:
         lo, hi = outward(lo, hi, floats if fits else None, 2 * n)
-    else:  # and the sums of some are summed up in turn, in not so many steps
+    else:
         lo, hi = outward(2 * lo, 2 * hi, floats if fits else None, _STEPS)
     return [Reals(reason, lo, hi, floats)]
-
-
-_MOST_TERMS = 2**64  # elements of a tensor, far more than fit in memory
-_STEPS = 256
 
 
 def terms_of(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:
