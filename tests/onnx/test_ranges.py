@@ -66,6 +66,18 @@ CASES = {
         {},
         (-128, 127),
     ),
+    "nor where the file does not say that it is one": (
+        [
+            node("Neg", "x", "n"),
+            node("Abs", "n", "a"),
+            node("Clip", "a none u", "c"),
+            node("Cast", "c", "i", to=6),
+            node("DequantizeLinear", "i s", "e"),
+        ],
+        I8,
+        {"none": np.int8(-128), "u": np.int8(10)},
+        (-128, 10),
+    ),
     "an absolute value": (
         [node("Clip", "x l u", "c"), node("Abs", "c", "a"), node("Cast", "a", "e", to=1)],
         I8,
@@ -327,3 +339,32 @@ def test_constants_of_every_size_are_cast(tmp_path) -> None:
     (op,) = read_model(made, tmp_path).operations
     real = run(made, {"x": np.ones((1, 80), np.uint8)}, ["q"])["q"]
     assert (op.rows.raw() == real.T).all()
+
+
+POOLED = {"kernel_shape": [2], "pads": [0, 1]}
+TURNED = node("Transpose", "m", "e", perm=[0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("moves", "axis", "known"),
+    [
+        ([node("Pad", "d by_one", "e")], 1, False),
+        ([node("MaxPool", "d", "m", **POOLED), TURNED], 2, False),
+        ([node("AveragePool", "d", "m", **POOLED), TURNED], 2, False),
+        ([node("MaxPool", "d", "e", **POOLED)], 1, True),
+        ([node("Identity", "d", "m"), TURNED], 2, True),
+    ],
+    ids=["padded", "largest", "average", "largest of a channel", "turned"],
+)
+def test_scales_of_channels_that_move(moves, axis, known, tmp_path) -> None:
+    """Each channel has a scale of its own; what moves values from one to another leaves no codes."""
+    nodes = [
+        node("DequantizeLinear", "x s", "d", axis=axis),
+        *moves,
+        node("DequantizeLinear", "w one", "f"),
+        node("Conv", "e f", "y", "last", group=2),
+    ]
+    constants = {"s": f32([1, 16]), "by_one": [0, 1, 0, 0, -1, 0], "one": f32(1), "w": np.ones((2, 1, 1), np.int8)}
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, 2, 2])}, {"y": None}, constants, opset=21)
+    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    assert isinstance(op, Unproven) != known

@@ -71,10 +71,21 @@ def _anywhere(fact: Fact) -> Fact:
 def pooled(call: Call) -> list[Fact]:
     """The largest of every window, at the same places along the channels; where a window can be empty, the smallest
     number of the type."""
-    fact = call.fact(0)
-    if _is_constant(fact):
+    if _is_constant(call.fact(0)):
         return selected(call)
+    fact = _of_windows(call)
     return [fact if call.node.kind != "MaxPool" or _windows_hold_data(call) else _with_extreme(fact, -1)]
+
+
+def _of_windows(call: Call) -> Fact:
+    """What is known of the values in any window of a pooling, which reaches along every dimension but the channels."""
+    fact, shape = call.fact(0), call.known(call.node.inputs[0])
+    if not isinstance(fact, Codes) or not fact.per_axis:
+        return fact
+    sides = len(call.node.ints("kernel_shape"))
+    rank = sides + 2 if sides else 0 if shape is None else len(shape)
+    channels = rank - 1 if call.node.kind == "MaxPoolNHWC" else 1
+    return fact if fact.axis in (channels, channels - rank) else _anywhere(fact)
 
 
 def _is_constant(fact: Fact) -> bool:
@@ -261,7 +272,9 @@ def where(call: Call) -> list[Fact]:
 def pad(call: Call) -> list[Fact]:
     if call.node.get("mode", "constant") != "constant":
         return selected(call)
-    fact = _anywhere(call.fact(0)) if _is_constant(call.fact(0)) else call.fact(0)
+    fact = call.fact(0)
+    if _is_constant(fact) or (isinstance(fact, Codes) and fact.per_axis):  # which is which moves
+        fact = _anywhere(fact)
     return [with_value(fact, call.one(2, "padding", call.node.get("value", 0.0)))]
 
 
@@ -391,7 +404,7 @@ def batch_norm(call: Call) -> list[Fact]:
 
 def average(call: Call) -> list[Fact]:
     """Average pooling: n times finer codes where every output averages n of them, else an interval."""
-    fact = call.fact(0)
+    fact = _of_windows(call)
     lo, hi = (end(0.0, x) for end, x in zip((min, max), interval(fact), strict=True))
     kernel = call.node.ints("kernel_shape")
     plain = not any(call.node.ints("pads")) and not call.node.get("ceil_mode", 0)
@@ -445,7 +458,8 @@ def absolute(call: Call) -> list[Fact]:
     """Abs; of the smallest integer of a signed type it is that integer."""
     codes = integers(call.fact(0))
     if codes is None or codes.type is None:
-        return [replace(call.unknown(), lo=0.0)]
+        floats = floats_of(call.fact(0))
+        return [replace(call.unknown(), lo=0.0 if floats else -math.inf, floats=floats)]
     if codes.type.lo < 0 and codes.lo == codes.type.lo:
         return [Codes(codes.type.lo, codes.type.hi, ONE, type=codes.type)]
     lo = max(codes.lo, -codes.hi, 0)
