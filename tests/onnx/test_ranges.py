@@ -368,3 +368,21 @@ def test_scales_of_channels_that_move(moves, axis, known, tmp_path) -> None:
     made = model(nodes, {"x": (TensorProto.UINT8, [1, 2, 2])}, {"y": None}, constants, opset=21)
     (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
     assert isinstance(op, Unproven) != known
+
+
+@pytest.mark.parametrize("kind", ["Mul", "Max"])
+@pytest.mark.parametrize(
+    ("shape", "dims", "known"), [([2, 2, 2], 4, False), ([2, 2, 2, 2], 4, True), (None, 4, False), (None, 2, True)]
+)
+def test_scales_of_channels_beside_a_constant_of_more_dimensions(kind, shape, dims, known, tmp_path) -> None:
+    nodes = [
+        node("DequantizeLinear", "x s", "d", axis=1),
+        node(kind, "d flat", "e"),
+        node("DequantizeLinear", "w one", "f"),
+        node("Conv", "e f", "y", "last", group=2),
+    ]
+    constants = {"s": f32([1, 16]), "one": f32(1), "w": np.ones((2, 1, 1, 1), np.int8)}
+    constants["flat"] = np.full([1] * dims, 1 if kind == "Mul" else 0, np.float32)
+    made = model(nodes, {"x": (TensorProto.UINT8, shape)}, {"y": None}, constants, opset=21)
+    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    assert isinstance(op, Unproven) != known

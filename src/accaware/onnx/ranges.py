@@ -257,7 +257,7 @@ def extremum(call: Call) -> list[Fact]:
                 if call.node.kind == "Max"
                 else (-math.inf, float(array.reshape(())))
             )
-            return [clipped(call.fact(x), *limits)]
+            return [clipped(_beside(call, x, array), *limits)]
     return [union([_anywhere(call.fact(i)) for i in range(len(call.facts))])]
 
 
@@ -316,6 +316,7 @@ def scaled(call: Call) -> list[Fact]:
     c, x = constant_or_none(call, place), call.fact(1 - place)
     if c is None or isinstance(x, Constant) or (kind == "Div" and place == 0):
         return [_anything(call)]
+    x = _beside(call, 1 - place, c)
     x = integers(x) or x
     integer = isinstance(x, Codes) and x.type is not None
     if integer != (c.dtype.kind != "f"):  # large integers, of which only an interval in floats is known
@@ -333,6 +334,16 @@ def scaled(call: Call) -> list[Fact]:
     if kind == "Sub":
         return [affine(x, one, -c.astype(np.float64), floats)] if place else [affine(x, -np.ones(()), c, floats)]
     return [affine(x, one, c, floats)]
+
+
+def _beside(call: Call, index: int, other: Array) -> Fact:
+    """An input that is broadcast with a constant; one of more dimensions moves those that are counted from the first."""
+    fact = call.fact(index)
+    if not isinstance(fact, Codes) or not fact.per_axis or fact.axis < 0:
+        return fact
+    shape = call.known(call.node.inputs[index]) if fact.values is None else fact.values.shape
+    rank = fact.axis + 1 if shape is None else len(shape)  # at least so many
+    return fact if other.ndim <= rank else _anywhere(fact)
 
 
 def constant_or_none(call: Call, index: int) -> Array | None:
