@@ -386,3 +386,24 @@ def test_scales_of_channels_beside_a_constant_of_more_dimensions(kind, shape, di
     made = model(nodes, {"x": (TensorProto.UINT8, shape)}, {"y": None}, constants, opset=21)
     (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
     assert isinstance(op, Unproven) != known
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size", "given", "safe"),
+    [
+        (3, 2, 2, True, False),
+        (3, 2, 2, False, False),
+        (3, 2, 3, True, True),
+        (3, 1, 3, False, True),
+        (2, 2, 1, False, True),
+    ],
+)
+def test_averages_over_more_than_there_is(kernel, stride, size, given, safe, tmp_path) -> None:
+    """onnxruntime has one window even then, and averages fewer values than its kernel has."""
+    x = np.arange(1, size + 1, dtype=np.uint8).reshape(1, 1, size)
+    pool = node("AveragePool", "d", "e", kernel_shape=[kernel], strides=[stride])
+    shape = [1, 1, size if given else None]
+    found, real, _ = claimed([DQ, pool], x, {"w": np.ones((1, 1, 1), np.int8)}, tmp_path, shape)
+    assert (found is not None) == safe
+    assert (kernel * x.mean() % 1 == 0) == safe
+    assert found is None or np.allclose(real, np.rint(real))

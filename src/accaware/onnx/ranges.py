@@ -337,7 +337,7 @@ def scaled(call: Call) -> list[Fact]:
 
 
 def _beside(call: Call, index: int, other: Array) -> Fact:
-    """An input that is broadcast with a constant; one of more dimensions moves those that are counted from the first."""
+    """An input that is broadcast with a constant, which moves dimensions counted from the first if it has more."""
     fact = call.fact(index)
     if not isinstance(fact, Codes) or not fact.per_axis or fact.axis < 0:
         return fact
@@ -417,9 +417,6 @@ def average(call: Call) -> list[Fact]:
     """Average pooling: n times finer codes where every output averages n of them, else an interval."""
     fact = _of_windows(call)
     lo, hi = (end(0.0, x) for end, x in zip((min, max), interval(fact), strict=True))
-    kernel = call.node.ints("kernel_shape")
-    plain = not any(call.node.ints("pads")) and not call.node.get("ceil_mode", 0)
-    plain = plain and call.node.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     n, floats = terms_of(call, call.known), floats_of(fact)
     # Rounded to nearest, a + b is at most 2 b away from a: one after the other, values sum up to at most twice the sum.
     size = 2 * max(-lo, hi) * (n or _MOST_TERMS)
@@ -431,7 +428,7 @@ def average(call: Call) -> list[Fact]:
         and not isinstance(fact.zero, IntFormat)
         and n
         and few
-        and (plain or not kernel)
+        and _windows_are_whole(call)
         and fact.type is None
         and fact.values is None
         and fits
@@ -445,6 +442,18 @@ def average(call: Call) -> list[Fact]:
     else:
         lo, hi = outward(2 * lo, 2 * hi, floats if fits else None, _STEPS)
     return [Reals(reason, lo, hi, floats)]
+
+
+def _windows_are_whole(call: Call) -> bool:
+    """Whether every window of an average holds as many values as its kernel, or a divisor of that."""
+    node, kernel = call.node, call.node.ints("kernel_shape")
+    if any(node.ints("pads")) or node.get("ceil_mode", 0) or node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return False
+    ones, shape = (1,) * len(kernel), call.known(node.inputs[0])
+    sizes = shape[2:] if shape is not None and len(shape) == len(kernel) + 2 else (None,) * len(kernel)
+    windows = zip(kernel, node.ints("strides") or ones, node.ints("dilations") or ones, sizes, strict=True)
+    # onnxruntime divides toward zero to count them: by a stride above 1, one is left that is larger than the tensor.
+    return all(s == 1 or k <= 2 or (size is not None and size > (k - 1) * d) for k, s, d, size in windows)
 
 
 def terms_of(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:
