@@ -78,6 +78,12 @@ CASES = {
         {"none": np.int8(-128), "u": np.int8(10)},
         (-128, 10),
     ),
+    "a constant in half floats, as a tensor of the run": (
+        [node("DequantizeLinear", "k h", "c"), node("Expand", "c to", "b"), node("Cast", "b", "e", to=1)],
+        U8,
+        {"k": np.array([[32767, 32765]], np.int16), "h": half(0.001), "to": np.array([3, 2])},
+        None,
+    ),
     "an absolute value": (
         [node("Clip", "x l u", "c"), node("Abs", "c", "a"), node("Cast", "a", "e", to=1)],
         I8,
@@ -407,3 +413,19 @@ def test_averages_over_more_than_there_is(kernel, stride, size, given, safe, tmp
     assert (found is not None) == safe
     assert (kernel * x.mean() % 1 == 0) == safe
     assert found is None or np.allclose(real, np.rint(real))
+
+
+def test_bounds_in_half_floats(tmp_path) -> None:
+    """The type of the tensor rounds an attribute, unless the runtime computes in float32."""
+    nodes = [
+        node("Cast", "x", "h", to=10),
+        node("Clip", "h", "c", max=0.3),
+        node("Cast", "c", "b", to=1),
+        node("QuantizeLinear", "b s z", "q"),
+        node("MatMulInteger", "q w", "y", "last"),
+    ]
+    constants = {"s": f32(0.3 / 100.499), "z": np.uint8(0), "w": np.ones((1, 1), np.int8)}
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, 1])}, {"y": None}, constants, opset=10)
+    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    assert run(made, {"x": np.ones((1, 1), np.uint8)}, ["c"])["c"].item() == float(half(0.3)) > 0.3
+    assert op.codes.hi == 101

@@ -349,16 +349,23 @@ def _code(scale: Reals64, zero: Reals64, value: float) -> tuple[int, int, float]
     return (int(whole.min()), int(whole.max()), off) if off <= 1e-5 and np.abs(whole).max() < 2**53 else None
 
 
+def at_run_time(fact: Codes) -> Codes:
+    """Codes without the constant that holds them, which stands for its integers: real ones are rounded like any."""
+    held = replace(fact, values=None)
+    return rounded(held, fact.floats) if fact.values is not None and fact.type is None else held
+
+
 def with_value(fact: Fact, value: float) -> Fact:
     """A tensor that holds this value too."""
+    fact = at_run_time(fact) if isinstance(fact, Codes) else fact
     lo, hi = interval(fact)
     if isinstance(fact, Codes) and fact.scale is not None and not isinstance(fact.zero, IntFormat):
         found = _code(fact.scale, fact.zero, value)
         if found is not None:
             error = max(fact.error, found[2])
-            return replace(fact, lo=min(fact.lo, found[0]), hi=max(fact.hi, found[1]), values=None, error=error)
+            return replace(fact, lo=min(fact.lo, found[0]), hi=max(fact.hi, found[1]), error=error)
     if isinstance(fact, Codes) and value == 0 and isinstance(fact.zero, IntFormat):
-        return replace(fact, lo=min(fact.lo, fact.zero.lo), hi=max(fact.hi, fact.zero.hi), values=None)
+        return replace(fact, lo=min(fact.lo, fact.zero.lo), hi=max(fact.hi, fact.zero.hi))
     reason = fact.reason if isinstance(fact, Reals) else f"it is padded with {value}, which is no code"
     return Reals(reason, min(lo, value), max(hi, value), floats_of(fact))
 
@@ -367,9 +374,9 @@ def union(facts: Sequence[Fact]) -> Fact:
     """A tensor that holds values of any of these."""
     first = facts[0]
     if isinstance(first, Codes) and all(isinstance(f, Codes) and _same_grid(first, f) for f in facts):
-        codes: list[Any] = list(facts)
+        codes = [at_run_time(f) for f in facts if isinstance(f, Codes)]
         lo, hi = min(c.lo for c in codes), max(c.hi for c in codes)
-        return replace(first, lo=lo, hi=hi, values=None, error=max(c.error for c in codes), floats=floats_of(*facts))
+        return replace(codes[0], lo=lo, hi=hi, error=max(c.error for c in codes), floats=floats_of(*facts))
     spans = [interval(fact) for fact in facts]
     reason = next((f.reason for f in facts if isinstance(f, Reals)), "it joins tensors of different scales")
     return Reals(reason, min(lo for lo, _ in spans), max(hi for _, hi in spans), floats_of(*facts))

@@ -18,6 +18,7 @@ from accaware.onnx.facts import (
     Floats,
     Reals,
     affine,
+    at_run_time,
     clipped,
     constant,
     floats_of,
@@ -59,11 +60,11 @@ def _anywhere(fact: Fact) -> Fact:
     if isinstance(fact, Codes):
         if fact.per_axis:
             return Reals("its scale varies along a dimension that is rearranged", *interval(fact), fact.floats)
-        return replace(fact, values=None)
+        return at_run_time(fact)
     if isinstance(fact, Constant):
         codes = integers(fact, "qdq")
         if codes is not None:
-            return replace(codes, values=None)
+            return at_run_time(codes)
         return Reals(f"it is a part of constant '{fact.origin.name}'", *interval(fact), floats_of(fact))
     return fact
 
@@ -241,10 +242,17 @@ def relu(call: Call) -> list[Fact]:
 
 
 def clip(call: Call) -> list[Fact]:
-    low = call.one(1, "lower bound", call.node.get("min", -math.inf))
-    high = call.one(2, "upper bound", call.node.get("max", math.inf))
+    low = call.one(1, "lower bound", _attribute(call, "min", -math.inf)[0])
+    high = call.one(2, "upper bound", _attribute(call, "max", math.inf)[-1])
     fact = integers(call.fact(0), "qdq") or call.fact(0)
     return [clipped(fact, low, high)]
+
+
+def _attribute(call: Call, name: str, default: float) -> list[float]:
+    """What a number of an attribute can be, the smallest first: a float32, that half floats round, unless onnxruntime
+    computes those as float32."""
+    number, floats = call.node.get(name, default), floats_of(call.fact(0))
+    return [number] if floats and floats != np.float16 else sorted({number, float(np.float16(number))})
 
 
 def extremum(call: Call) -> list[Fact]:
@@ -275,7 +283,9 @@ def pad(call: Call) -> list[Fact]:
     fact = call.fact(0)
     if _is_constant(fact) or (isinstance(fact, Codes) and fact.per_axis):  # which is which moves
         fact = _anywhere(fact)
-    return [with_value(fact, call.one(2, "padding", call.node.get("value", 0.0)))]
+    for value in [call.one(2, "padding")] if call.has(2) else _attribute(call, "value", 0.0):
+        fact = with_value(fact, value)
+    return [fact]
 
 
 def cast(call: Call) -> list[Fact]:
