@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx
 import torch
@@ -31,6 +33,29 @@ class Residual(nn.Module):
         return self.linear(y.mean((2, 3)))
 
 
+class Moved(nn.Module):
+    """Largest values, slices and reshapes between the quantizers, and behind those of streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.stream = aa.QuantIdentity()
+        self.conv2 = nn.Conv2d(4, 4, 1)
+        self.conv3 = nn.Conv2d(4, 4, 1)
+        self.stream3 = aa.QuantIdentity()
+        self.conv4 = nn.Conv2d(4, 4, 1)
+        self.stream4 = aa.QuantIdentity()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x):
+        largest = functools.partial(nn.functional.max_pool2d, kernel_size=2, stride=1)
+        x = self.stream(self.conv1(largest(x)))
+        x = torch.relu(largest(x[:, :, 1:]) + largest(self.conv2(x)[:, :, 1:]))
+        x = self.stream3(self.conv3(largest(x).transpose(2, 3)))
+        x = self.stream4(self.conv4(x) + x.flatten(2).unflatten(2, x.shape[2:]))
+        return self.linear(x.amax((2, 3)))
+
+
 def _convolutions(dims):
     conv, norm = (getattr(nn, f"{name}{dims}d") for name in ("Conv", "BatchNorm"))
     return nn.Sequential(conv(3, 4, 3, padding=1), norm(4), nn.ReLU(), conv(4, 2, 2, stride=2, dilation=2))
@@ -39,6 +64,7 @@ def _convolutions(dims):
 #: A network and the shape of its input, without the rows.
 NETWORKS = {
     "residual": (Residual, (3, 8, 8)),
+    "moved": (Moved, (3, 8, 8)),
     "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False)), (5, 6)),
     "conv1d": (lambda: _convolutions(1), (3, 12)),
     "conv3d": (lambda: _convolutions(3), (3, 6, 5, 6)),

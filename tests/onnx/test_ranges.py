@@ -78,6 +78,12 @@ CASES = {
         {"none": np.int8(-128), "u": np.int8(10)},
         (-128, 10),
     ),
+    "clipped between bounds in the wrong order": (
+        [node("Min", "x fifty", "n"), node("Clip", "n l u", "c"), node("Cast", "c", "e", to=1)],
+        I8,
+        {"fifty": np.int8(50), "l": np.int8(120), "u": np.int8(100)},
+        (100, 100),
+    ),
     "a constant in half floats, as a tensor of the run": (
         [node("DequantizeLinear", "k h", "c"), node("Expand", "c to", "b"), node("Cast", "b", "e", to=1)],
         U8,

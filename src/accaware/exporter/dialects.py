@@ -94,19 +94,18 @@ class Qdq(Dialect):
 
     def codes(self, writer: Writer, x: str, grid: Grid, out: str = "") -> tuple[str, str]:
         """The codes of x in an integer type, and a zero of that type."""
-        # ONNX clips bytes, not half of them. And onnxruntime 1.31, when it quantizes to 4 bits, fails after a Clip, and
-        # drops a Relu even where codes are signed.
-        before = writer.producer(x)
-        kind = "" if before is None else before.op_type
-        bytes_ = _limits(_smallest(self.types, grid.lo, grid.hi)) != (grid.lo, grid.hi)
-        bytes_ = bytes_ or kind == "Clip" or (kind == "Relu" and grid.lo < 0)
+        bytes_ = _limits(_smallest(self.types, grid.lo, grid.hi)) != (grid.lo, grid.hi)  # ONNX clips no nibbles
+        bytes_ = bytes_ or _nibbles_fail(writer, x, grid, out)
         type_ = _smallest(_BYTES if bytes_ else self.types, grid.lo, grid.hi)
         zero = writer.constant(0, type_)
         codes = writer.add("QuantizeLinear", x, grid.scale, zero)
         if _limits(type_) != (grid.lo, grid.hi):
             codes = writer.add("Clip", codes, *(writer.constant(end, type_) for end in (grid.lo, grid.hi)))
         if out:
-            writer.add("DequantizeLinear", codes, grid.scale, zero, out=out)
+            # Where onnxruntime 1.31 repeats both nodes behind a Reshape, it takes another type for their zero: in opset
+            # 21 if there is one, and before if there is none.
+            zeros = [] if self.opset >= 21 else [zero]
+            writer.add("DequantizeLinear", codes, grid.scale, *zeros, out=out)
         return codes, zero
 
     def operand(self, writer: Writer, x: str, grid: Grid, out: str = "") -> str:
@@ -176,6 +175,28 @@ class Qonnx(Dialect):
 
 
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (Qdq(), Qcdq(), Qonnx(), QOperator())}
+
+
+_MOVES = {"Reshape", "Flatten", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Expand", "Identity", "Dropout", "Cast"}
+
+
+def _nibbles_fail(writer: Writer, x: str, grid: Grid, out: str) -> bool:
+    """Whether onnxruntime 1.31 fails, or drops a Relu, when x is quantized to 4 bits and dequantized as `out`.
+
+    It moves both past operators that move values, and has no largest of nibbles.
+    """
+    before = writer.producer(x)
+    while before is not None and before.op_type in _MOVES:
+        before = writer.producer(before.input[0])
+    if before is not None and (before.op_type in ("Clip", "MaxPool") or (before.op_type == "Relu" and grid.lo < 0)):
+        return True
+    reached = [out]
+    for tensor in reached:  # which grows meanwhile
+        after = writer.consumers(tensor) if tensor else []
+        if any(node.op_type in ("MaxPool", "ReduceMax", "ReduceMin") for node in after):
+            return True
+        reached += [node.output[0] for node in after if node.op_type in _MOVES]
+    return False
 
 
 def _smallest(types: tuple[str, ...], lo: int, hi: int) -> str:

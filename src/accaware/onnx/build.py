@@ -19,6 +19,10 @@ class Writer:
         self._nodes = list(model.graph.node)
         self._names = set(_names(model.graph))
         self._producers = {tensor: node for node in self._nodes for tensor in node.output}
+        self._consumers: dict[str, list[NodeProto]] = {}
+        for node in self._nodes:
+            for tensor in dict.fromkeys(node.input):
+                self._consumers.setdefault(tensor, []).append(node)
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
         known = _known(model)
         self._types: dict[str, int] = {name: tensor.data_type for name, tensor in self._constants.items()}
@@ -39,6 +43,10 @@ class Writer:
     def producer(self, tensor: str) -> NodeProto | None:
         """The original node that computes a tensor; None for inputs and initializers."""
         return self._producers.get(tensor)
+
+    def consumers(self, tensor: str) -> Sequence[NodeProto]:
+        """The original nodes that read a tensor."""
+        return self._consumers.get(tensor, [])
 
     def type(self, tensor: str) -> int:
         """The type of the elements of an original tensor, by ONNX's number; 0 where it is not known."""

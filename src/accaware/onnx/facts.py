@@ -303,6 +303,7 @@ def clipped(fact: Fact, low: float, high: float) -> Fact:
     """min(max(x, low), high). Raises `UnreadableError` for a bound that is no number."""
     if math.isnan(low) or math.isnan(high):
         raise UnreadableError("a bound is no number")
+    low = min(low, high)  # the same, and then a range that lies below `low` is not taken to be there already
     if isinstance(fact, Codes):
         codes = _clipped_codes(fact, low, high)
         if codes is not None:
