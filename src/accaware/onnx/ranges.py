@@ -308,6 +308,8 @@ def cast(call: Call) -> list[Fact]:
 
 def _as_floats(fact: Fact, floats: Floats) -> Fact:
     if isinstance(fact, Codes):
+        if fact.values is not None:  # which stands for its integers, rounded already
+            floats = floats_of(fact, Reals("", floats=floats)) or floats
         return rounded(replace(fact, type=None), floats)
     if isinstance(fact, Reals):
         lo, hi = outward(fact.lo, fact.hi, floats)
@@ -407,7 +409,7 @@ def batch_norm(call: Call) -> list[Fact]:
     if call.node.get("training_mode", 0):
         return [call.unknown()]
     scale, bias, mean, var = (call.array(i, "statistics").astype(np.float64) for i in range(1, 5))
-    factor = scale / np.sqrt(var + call.node.get("epsilon", 1e-5))
+    factor = scale / np.sqrt(var + call.node.get("epsilon", float(np.float32(1e-5))))
     offset = bias - mean * factor
     if not (np.isfinite(factor).all() and np.isfinite(offset).all()):
         return [call.unknown()]
