@@ -20,7 +20,7 @@ def f32(value):
     return np.asarray(value, np.float32)
 
 
-def claimed(nodes, x, constants, folder, shape=None):
+def claimed(nodes, x, constants, folder, shape=None, opset=21):
     """Of x [*shape] -> nodes -> e -> product: centred codes claimed for e (None: none), real ones, why none are."""
     constants = {"s": f32(1), "w": np.ones((2, 1), np.int8), **constants}
     constants = {"ws": constants["s"], **constants}
@@ -31,7 +31,7 @@ def claimed(nodes, x, constants, folder, shape=None):
         {"x": (kind, shape or [None] * x.ndim)},
         {"y": None},
         constants,
-        opset=21,
+        opset=opset,
     )
     (product,) = [op for op in read_model(made, folder).operations if op.name == "last"]
     real = run(made, {"x": x}, ["e"])["e"].astype(np.float64)
@@ -83,6 +83,52 @@ CASES = {
         I8,
         {"fifty": np.int8(50), "l": np.int8(120), "u": np.int8(100)},
         (100, 100),
+    ),
+    "large codes, which become floats before they are scaled": (
+        [
+            node("Clip", "x some many", "i"),
+            node("DequantizeLinear", "i t", "d"),
+            node("Cast", "d", "l", to=7),
+            node("Sub", "l most", "o"),
+            node("Max", "o none", "p"),
+            node("Cast", "p", "u", to=2),
+            node("DequantizeLinear", "u s", "e"),
+        ],
+        np.full((1, 2), 16781759, np.int32),
+        {
+            "t": f32(2.0162911),
+            "some": np.int32(2**24),
+            "many": np.int32(16781759),
+            "most": np.int64(np.floor(16781759 * float(f32(2.0162911)))),
+            "none": np.int64(0),
+        },
+        (0, 5),
+    ),
+    "a tanh above 1": (
+        [
+            DQ,
+            node("Div", "d eleven", "h"),
+            node("Tanh", "h", "t"),
+            node("Sub", "t s", "o"),
+            node("Mul", "o much", "c"),
+            *REQUANTIZED,
+        ],
+        np.full((1, 2), 100, np.uint8),
+        {"eleven": f32(11.8), "much": f32(1e8), "z": np.uint8(0)},
+        (0, 24),
+    ),
+    "a bound that is no float64": (
+        [
+            node("Clip", "x one large", "l"),
+            node("Cast", "l", "m", to=7),
+            node("Sub", "m less", "o"),
+            node("Max", "o none", "p"),
+            node("Cast", "p", "i", to=2),
+            node("DequantizeLinear", "i s", "e"),
+        ],
+        LARGE,
+        {"one": np.int64(1), "none": np.int64(0), "large": np.int64(2**53 + 1), "less": np.int64(2**53)},
+        (0, 255),
     ),
     "a constant in half floats, as a tensor of the run": (
         [node("DequantizeLinear", "k h", "c"), node("Expand", "c to", "b"), node("Cast", "b", "e", to=1)],
@@ -401,6 +447,45 @@ def test_scales_of_channels_beside_a_constant_of_more_dimensions(kind, shape, di
 
 
 @pytest.mark.parametrize(
+    ("kind", "shape", "known"),
+    [
+        ("Mul", [64, 1], False),
+        ("Add", [64, 1], False),
+        ("Max", [1, 1, 1], False),
+        ("Mul", [1, 1], True),
+        ("Max", [1], True),
+    ],
+)
+def test_weights_that_a_constant_makes_larger(kind, shape, known, tmp_path) -> None:
+    """One row of weights becomes 64, or another dimension is taken for the rows."""
+    nodes = [
+        DQ,
+        node("DequantizeLinear", "w s", "f"),
+        node(kind, "f other", "g"),
+        node("Reshape", "g to", "r"),
+        node("MatMul", "d r", "y", "last"),
+    ]
+    number = {"Mul": 1, "Add": 0, "Max": -500}[kind]
+    constants = {"s": f32(1), "w": np.full([1, 2], 127, np.int8), "to": [-1, 0]}
+    constants["other"] = np.full(shape, number, np.float32)
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, None])}, {"y": None}, constants, opset=21)
+    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    assert isinstance(op, Unproven) != known
+
+
+@pytest.mark.parametrize("kind", ["Quant", "BipolarQuant"])
+def test_weights_that_their_scale_makes_larger(kind, tmp_path) -> None:
+    inputs = "w t" + (" zero bits" if kind == "Quant" else "")
+    nodes = [DQ, node(kind, inputs, "f", domain="qonnx.custom_op.general"), node("MatMul", "d f", "y", "last")]
+    constants = {"s": f32(1), "w": np.ones([1, 2**19], np.float32), "t": np.ones([64, 1], np.float32)}
+    constants |= {"zero": f32(0), "bits": f32(4)}
+    extra = [("qonnx.custom_op.general", 1)]
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, None])}, {"y": None}, constants, opset=21, extra=extra)
+    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    assert "makes larger" in op.reason
+
+
+@pytest.mark.parametrize(
     ("kernel", "stride", "size", "given", "safe"),
     [
         (3, 2, 2, True, False),
@@ -435,3 +520,29 @@ def test_bounds_in_half_floats(tmp_path) -> None:
     (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
     assert run(made, {"x": np.ones((1, 1), np.uint8)}, ["c"])["c"].item() == float(half(0.3)) > 0.3
     assert op.codes.hi == 101
+
+
+def test_averages_that_count_what_is_not_there(tmp_path) -> None:
+    pool = node("AveragePool", "c", "e", kernel_shape=[2], strides=[2], count_include_pad=1)
+    nodes = [DQ, node("Clip", "d l", "c"), pool]
+    x = np.full((1, 1, 1), 100, np.uint8)
+    found, real, _ = claimed(nodes, x, {"l": f32(100), "w": np.ones((1, 1, 1), np.int8)}, tmp_path, [1, 1, 1], opset=13)
+    assert found is None
+    assert real.item() == 50
+
+
+def test_a_bound_above_everything_in_half_floats(tmp_path) -> None:
+    nodes = [
+        node("Cast", "x", "h", to=10),
+        node("Mul", "h less", "n"),
+        node("Clip", "n", "c", min=0.3),
+        node("Flatten", "c", "b"),
+        node("Cast", "b", "f", to=1),
+        node("QuantizeLinear", "f s z", "q"),
+        node("MatMulInteger", "q w", "y", "last"),
+    ]
+    constants = {"s": f32(0.3 / 100.499), "z": np.uint8(0), "less": half(-1), "w": np.ones((1, 1), np.int8)}
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, 1])}, {"y": None}, constants, opset=10)
+    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    assert run(made, {"x": np.ones((1, 1), np.uint8)}, ["y"])["y"].item() == 101
+    assert (op.codes.lo, op.codes.hi) == (100, 101)

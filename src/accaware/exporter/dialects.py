@@ -183,12 +183,12 @@ _MOVES = {"Reshape", "Flatten", "Transpose", "Slice", "Squeeze", "Unsqueeze", "E
 def _nibbles_fail(writer: Writer, x: str, grid: Grid, out: str) -> bool:
     """Whether onnxruntime 1.31 fails, or drops a Relu, when x is quantized to 4 bits and dequantized as `out`.
 
-    It moves both past operators that move values, and has no largest of nibbles.
+    It moves both past operators that move values, and has no largest of nibbles. Of codes from 0 on it may drop a Relu.
     """
-    before = writer.producer(x)
-    while before is not None and before.op_type in _MOVES:
+    before, passed = writer.producer(x), _MOVES | ({"Relu"} if grid.lo >= 0 else set())
+    while before is not None and before.op_type in passed:
         before = writer.producer(before.input[0])
-    if before is not None and (before.op_type in ("Clip", "MaxPool") or (before.op_type == "Relu" and grid.lo < 0)):
+    if before is not None and before.op_type in ("Clip", "MaxPool", "Relu"):
         return True
     reached = [out]
     for tensor in reached:  # which grows meanwhile

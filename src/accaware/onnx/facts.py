@@ -130,7 +130,10 @@ class Call:
         array = self.array(index, what)
         if array.size != 1:
             raise UnreadableError(f"its {what} has {array.size} elements, not one")
-        return float(array.reshape(()))
+        number = float(array.reshape(()))
+        if array.dtype.kind in "iu" and int(number) != int(array.reshape(())):
+            raise UnreadableError(f"its {what} is an integer that is no float64")
+        return number
 
     def unknown(self) -> Reals:
         """An output of which nothing is known."""
@@ -177,8 +180,8 @@ def interval(fact: Fact) -> tuple[float, float]:
     if fact.scale is None or isinstance(fact.zero, IntFormat):
         return -math.inf, math.inf
     lo, hi = fact.scale * (fact.lo - fact.zero - fact.error), fact.scale * (fact.hi - fact.zero + fact.error)
-    if fact.values is not None and fact.type is None and fact.floats:  # rounded once, which is no error of its codes
-        return outward(lo, hi, fact.floats)
+    if fact.values is not None and fact.type is None and fact.floats:  # rounded, which is no error of its codes
+        return outward(lo, hi, fact.floats, _roundings(fact, fact.floats))
     return float(np.min(lo)), float(np.max(hi))
 
 
@@ -267,8 +270,6 @@ def affine(fact: Fact, factor: Array, offset: Array, floats: Floats | None = Non
         one_sign = bool((a > 0).all() or ((a < 0).all() and fact.values is None))
         if one_sign:
             rank = None if fact.values is None else len(fact.values.shape)
-            if rank is not None and max(factor.ndim, offset.ndim) > rank:
-                raise UnreadableError("it is scaled by a tensor of more dimensions")
             axis = common_axis(rank, (a, a_axis), (b, b_axis), (fact.scale, fact.axis), (fact.zero, fact.axis))
             scale = fact.scale * a
             if not (np.isfinite(scale) & (scale != 0)).all():
@@ -334,7 +335,8 @@ def _clipped_codes(fact: Codes, low: float, high: float) -> Codes | None:
         lo, hi = min(lo, bounds[1][0]), min(hi, bounds[1][1])
     values = fact.values
     if values is not None and (lo, hi) != (fact.lo, fact.hi):
-        if fact.per_axis:
+        held = np.iinfo(values.dtype)
+        if fact.per_axis or not held.min <= lo <= hi <= held.max:
             return None
         values = values.computed(IntFormat(lo, hi), lambda block, _: np.clip(block, lo, hi), values.dtype)
     dialect = "qcdq" if fact.dialect == "qdq" and fact.type is not None else fact.dialect
@@ -350,10 +352,20 @@ def _code(scale: Reals64, zero: Reals64, value: float) -> tuple[int, int, float]
     return (int(whole.min()), int(whole.max()), off) if off <= 1e-5 and np.abs(whole).max() < 2**53 else None
 
 
+def dequantized_to(fact: Codes, floats: Floats | None) -> Codes:
+    """Codes that a run makes floats of."""
+    return rounded(fact, floats, 1 if floats is None else _roundings(fact, floats))
+
+
+def _roundings(fact: Codes, floats: Floats) -> int:
+    """Of a dequantization: the codes are made floats, which rounds those beyond the mantissa, and these are scaled."""
+    return 1 if max(-fact.lo, fact.hi) * float(np.finfo(floats).eps) <= 2 else 2
+
+
 def at_run_time(fact: Codes) -> Codes:
     """Codes without the constant that holds them, which stands for its integers: real ones are rounded like any."""
     held = replace(fact, values=None)
-    return rounded(held, fact.floats) if fact.values is not None and fact.type is None else held
+    return dequantized_to(held, fact.floats) if fact.values is not None and fact.type is None else held
 
 
 def with_value(fact: Fact, value: float) -> Fact:

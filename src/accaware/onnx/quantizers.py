@@ -24,6 +24,7 @@ from accaware.onnx.facts import (
     Reals64,
     common_axis,
     constant,
+    dequantized_to,
     floats_of,
     integers,
     interval,
@@ -178,7 +179,7 @@ def dequantize_linear(call: Call) -> list[Fact]:
 
 def _in_floats(codes: Codes, floats: Floats | None) -> Codes:
     """The float output of a quantizer. A constant stands for its integers, of any size."""
-    return rounded(codes, floats) if codes.values is None else replace(codes, floats=floats)
+    return dequantized_to(codes, floats) if codes.values is None else replace(codes, floats=floats)
 
 
 def dequantized(call: Call, x: int, scale: int | None, zero: int, axis: int, dialect: str) -> Codes:
@@ -236,8 +237,8 @@ def int_quant(call: Call) -> list[Fact]:
 
     values, rank = None, None
     if isinstance(fact, Constant):
-        if fact.dtype.kind != "f" or max(scales.ndim, zeros.ndim) > max(1, rank := len(fact.shape)):
-            raise UnreadableError("it quantizes integers, or a constant of fewer dimensions than its scale")
+        _check_quantized(fact, scales, zeros)
+        rank = len(fact.shape)
         s_full, z_full = (_broadcast(p, fact) for p in (scales, zeros))
         values = fact.computed(codes, lambda x, part: code(x, _part(s_full, fact, part), _part(z_full, fact, part)))
     elif not bipolar:
@@ -245,6 +246,12 @@ def int_quant(call: Call) -> list[Fact]:
     axis = common_axis(rank, (scale, s_axis), (zero, z_axis))
     made = Codes(codes.lo, codes.hi, scale, zero, axis, values=values, dialect="qonnx")
     return [_in_floats(made, floats_of(*call.facts[:3]))]
+
+
+def _check_quantized(fact: Constant, *parameters: Array) -> None:
+    shape = fact.shape or (1,)
+    if fact.dtype.kind != "f" or np.broadcast_shapes(shape, *(p.shape for p in parameters)) != shape:
+        raise UnreadableError("it quantizes integers, or a constant that its scale or zero-point makes larger")
 
 
 def _broadcast(array: Array, fact: Constant) -> Array:
@@ -270,8 +277,7 @@ def bipolar_quant(call: Call) -> list[Fact]:
         raise UnreadableError("its scale is not positive")
     fact, values = call.fact(0), None
     if isinstance(fact, Constant):
-        if fact.dtype.kind != "f" or scales.ndim > max(1, len(fact.shape)):
-            raise UnreadableError("it quantizes integers, or a constant of fewer dimensions than its scale")
+        _check_quantized(fact, scales)
         values = fact.computed(IntFormat(-1, 1), lambda x, _: np.where(x >= 0, 1, -1))
         axis = common_axis(len(fact.shape) or None, (scale, axis))
     made = Codes(-1, 1, scale, ZERO, axis, values=values, dialect="qonnx")

@@ -75,7 +75,7 @@ def pooled(call: Call) -> list[Fact]:
     if _is_constant(call.fact(0)):
         return selected(call)
     fact = _of_windows(call)
-    return [fact if call.node.kind != "MaxPool" or _windows_hold_data(call) else _with_extreme(fact, -1)]
+    return [fact if call.node.kind == "GlobalMaxPool" or _windows_hold_data(call) else _with_extreme(fact, -1)]
 
 
 def _of_windows(call: Call) -> Fact:
@@ -242,29 +242,26 @@ def relu(call: Call) -> list[Fact]:
 
 
 def clip(call: Call) -> list[Fact]:
-    low = call.one(1, "lower bound", _attribute(call, "min", -math.inf)[0])
-    high = call.one(2, "upper bound", _attribute(call, "max", math.inf)[-1])
+    lows = [call.one(1, "lower bound")] if call.has(1) else _roundings(call, "min", -math.inf)
+    highs = [call.one(2, "upper bound")] if call.has(2) else _roundings(call, "max", math.inf)
     fact = integers(call.fact(0), "qdq") or call.fact(0)
-    return [clipped(fact, low, high)]
+    found = [clipped(fact, low, high) for low in lows for high in highs]
+    return [found[0] if len(found) == 1 else union(found)]
 
 
-def _attribute(call: Call, name: str, default: float) -> list[float]:
-    """What a number of an attribute can be, the smallest first: a float32, that half floats round, unless onnxruntime
-    computes those as float32."""
+def _roundings(call: Call, name: str, default: float) -> list[float]:
+    """The values that an attribute, a float32, can have in the run: itself, or rounded to half floats."""
     number, floats = call.node.get(name, default), floats_of(call.fact(0))
     return [number] if floats and floats != np.float16 else sorted({number, float(np.float16(number))})
 
 
 def extremum(call: Call) -> list[Fact]:
     """Max or Min with one constant number is a Clip."""
-    for x, bound in ((0, 1), (1, 0)):
-        array = constant(call.fact(bound)) if call.has(bound) and len(call.facts) == 2 else None
+    for x, place in ((0, 1), (1, 0)):
+        array = constant(call.fact(place)) if call.has(place) and len(call.facts) == 2 else None
         if array is not None and array.size == 1:
-            limits = (
-                (float(array.reshape(())), math.inf)
-                if call.node.kind == "Max"
-                else (-math.inf, float(array.reshape(())))
-            )
+            bound = call.one(place, "bound")
+            limits = (bound, math.inf) if call.node.kind == "Max" else (-math.inf, bound)
             return [clipped(_beside(call, x, array), *limits)]
     return [union([_anywhere(call.fact(i)) for i in range(len(call.facts))])]
 
@@ -281,9 +278,9 @@ def pad(call: Call) -> list[Fact]:
     if call.node.get("mode", "constant") != "constant":
         return selected(call)
     fact = call.fact(0)
-    if _is_constant(fact) or (isinstance(fact, Codes) and fact.per_axis):  # which is which moves
+    if _is_constant(fact) or (isinstance(fact, Codes) and fact.per_axis):  # places shift, and with them channels
         fact = _anywhere(fact)
-    for value in [call.one(2, "padding")] if call.has(2) else _attribute(call, "value", 0.0):
+    for value in [call.one(2, "padding")] if call.has(2) else _roundings(call, "value", 0.0):
         fact = with_value(fact, value)
     return [fact]
 
@@ -349,12 +346,17 @@ def scaled(call: Call) -> list[Fact]:
 
 
 def _beside(call: Call, index: int, other: Array) -> Fact:
-    """An input that is broadcast with a constant, which moves dimensions counted from the first if it has more."""
+    """An input that is broadcast with a constant, which can make it larger and move dimensions that it counts."""
     fact = call.fact(index)
-    if not isinstance(fact, Codes) or not fact.per_axis or fact.axis < 0:
+    if not isinstance(fact, Codes):
         return fact
-    shape = call.known(call.node.inputs[index]) if fact.values is None else fact.values.shape
-    rank = fact.axis + 1 if shape is None else len(shape)  # at least so many
+    if fact.values is not None:
+        shape = fact.values.shape
+        return fact if np.broadcast_shapes(shape, other.shape) == shape else _anywhere(fact)
+    if not fact.per_axis or fact.axis < 0:
+        return fact
+    known = call.known(call.node.inputs[index])
+    rank = fact.axis + 1 if known is None else len(known)  # at least so many
     return fact if other.ndim <= rank else _anywhere(fact)
 
 
@@ -409,7 +411,8 @@ def batch_norm(call: Call) -> list[Fact]:
     if call.node.get("training_mode", 0):
         return [call.unknown()]
     scale, bias, mean, var = (call.array(i, "statistics").astype(np.float64) for i in range(1, 5))
-    factor = scale / np.sqrt(var + call.node.get("epsilon", float(np.float32(1e-5))))
+    epsilon = call.node.get("epsilon", float(np.float32(1e-5)))  # attributes are float32, and their defaults
+    factor = scale / np.sqrt(var + epsilon)
     offset = bias - mean * factor
     if not (np.isfinite(factor).all() and np.isfinite(offset).all()):
         return [call.unknown()]
@@ -465,7 +468,8 @@ def _windows_are_whole(call: Call) -> bool:
     sizes = shape[2:] if shape is not None and len(shape) == len(kernel) + 2 else (None,) * len(kernel)
     windows = zip(kernel, node.ints("strides") or ones, node.ints("dilations") or ones, sizes, strict=True)
     # onnxruntime divides toward zero to count them: by a stride above 1, one is left that is larger than the tensor.
-    return all(s == 1 or k <= 2 or (size is not None and size > (k - 1) * d) for k, s, d, size in windows)
+    shared = 1 if node.get("count_include_pad", 0) else 2  # of a kernel of 2, it holds 1 or 2
+    return all(s == 1 or k <= shared or (size is not None and size > (k - 1) * d) for k, s, d, size in windows)
 
 
 def terms_of(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:
@@ -478,10 +482,12 @@ def terms_of(call: Call, shape_of: Callable[[str], Shape | None]) -> int | None:
 
 
 def bounded(lo: float, hi: float) -> Handler:
-    """A function whose values lie in [lo, hi]."""
+    """A function whose values lie in [lo, hi], up to rounding: a float tanh exceeds 1."""
 
     def handler(call: Call) -> list[Fact]:
-        return [replace(call.unknown(), lo=lo, hi=hi)]
+        floats = floats_of(call.fact(0))
+        low, high = outward(lo, hi, floats, 4)
+        return [replace(call.unknown(), lo=low, hi=high, floats=floats)]
 
     return handler
 
