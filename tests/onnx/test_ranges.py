@@ -546,3 +546,20 @@ def test_a_bound_above_everything_in_half_floats(tmp_path) -> None:
     (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
     assert run(made, {"x": np.ones((1, 1), np.uint8)}, ["y"])["y"].item() == 101
     assert (op.codes.lo, op.codes.hi) == (100, 101)
+
+
+@pytest.mark.parametrize(("dilations", "safe"), [([5, 5], False), ([1, 1], True)])
+def test_windows_of_padding_alone_with_channels_last(dilations, safe, tmp_path) -> None:
+    pool = {"kernel_shape": [2, 2], "pads": [1, 1, 1, 1], "dilations": dilations}
+    nodes = [
+        DQ,
+        node("MaxPoolNHWC", "d", "m", domain="qonnx.custom_op.general", **pool),
+        node("Reshape", "m to", "r"),
+        node("DequantizeLinear", "w s", "f"),
+        node("MatMul", "r f", "y", "last"),
+    ]
+    constants = {"s": f32(1), "w": np.ones((2, 1), np.int8), "to": [-1, 2]}
+    extra = [("qonnx.custom_op.general", 1)]
+    made = model(nodes, {"x": (TensorProto.UINT8, [1, 4, 4, 2])}, {"y": None}, constants, opset=21, extra=extra)
+    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    assert isinstance(op, Unproven) != safe

@@ -181,7 +181,7 @@ def interval(fact: Fact) -> tuple[float, float]:
         return -math.inf, math.inf
     lo, hi = fact.scale * (fact.lo - fact.zero - fact.error), fact.scale * (fact.hi - fact.zero + fact.error)
     if fact.values is not None and fact.type is None and fact.floats:  # rounded, which is no error of its codes
-        return outward(lo, hi, fact.floats, _roundings(fact, fact.floats))
+        return outward(lo, hi, fact.floats, _times_rounded(fact, fact.floats))
     return float(np.min(lo)), float(np.max(hi))
 
 
@@ -354,10 +354,10 @@ def _code(scale: Reals64, zero: Reals64, value: float) -> tuple[int, int, float]
 
 def dequantized_to(fact: Codes, floats: Floats | None) -> Codes:
     """Codes that a run makes floats of."""
-    return rounded(fact, floats, 1 if floats is None else _roundings(fact, floats))
+    return rounded(fact, floats, 1 if floats is None else _times_rounded(fact, floats))
 
 
-def _roundings(fact: Codes, floats: Floats) -> int:
+def _times_rounded(fact: Codes, floats: Floats) -> int:
     """Of a dequantization: the codes are made floats, which rounds those beyond the mantissa, and these are scaled."""
     return 1 if max(-fact.lo, fact.hi) * float(np.finfo(floats).eps) <= 2 else 2
 
