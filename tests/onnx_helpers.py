@@ -65,18 +65,20 @@ def only(network: Network) -> Product:
 # What the network really holds.
 
 
+def session(contents, level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL):
+    """onnxruntime with one thread and nothing to say."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level, options.log_severity_level, options.intra_op_num_threads = level, 4, 1
+    return ort.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
+
+
 def run(made, feeds, wanted):
     """The values of the tensors `wanted`, as onnxruntime computes them without optimizing the graph."""
     made = onnx.ModelProto.FromString(made.SerializeToString())
     made.ir_version = min(made.ir_version, 10)
     del made.graph.output[:]
     made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return dict(zip(wanted, session.run(wanted, feeds), strict=True))
+    return dict(zip(wanted, session(made.SerializeToString()).run(wanted, feeds), strict=True))
 
 
 def _qonnx_operators():

@@ -15,10 +15,10 @@ GRAPHS = 100
 def test_what_is_claimed_of_every_tensor_holds(seed, tmp_path) -> None:
     with np.errstate(all="ignore"):
         for number in range(GRAPHS):
-            assert next(attempt(case(seed, number), tmp_path), "") == "", f"graph {number} of seed {seed}"
+            assert attempt(case(seed, number), tmp_path) == "", f"graph {number} of seed {seed}"
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_constant_that_is_cast_keeps_what_its_own_type_rounded(tmp_path) -> None:
     with np.errstate(all="ignore"):
-        assert next(attempt(case(1, 11398), tmp_path), "") == ""
+        assert attempt(case(1, 11398), tmp_path) == ""

@@ -20,20 +20,26 @@ def f32(value):
     return np.asarray(value, np.float32)
 
 
+def last(made, folder):
+    """The operation of that name."""
+    (op,) = [op for op in read_model(made, folder).operations if op.name == "last"]
+    return op
+
+
 def claimed(nodes, x, constants, folder, shape=None, opset=21):
     """Of x [*shape] -> nodes -> e -> product: centred codes claimed for e (None: none), real ones, why none are."""
     constants = {"s": f32(1), "w": np.ones((2, 1), np.int8), **constants}
     constants = {"ws": constants["s"], **constants}
     kind = next(kind for name, kind in INTS.items() if np.dtype(name) == x.dtype)
-    last = "MatMul" if constants["w"].ndim == 2 else "Conv"
+    kind_of_product = "MatMul" if constants["w"].ndim == 2 else "Conv"
     made = model(
-        [*nodes, node("DequantizeLinear", "w ws", "f"), node(last, "e f", "y", "last")],
+        [*nodes, node("DequantizeLinear", "w ws", "f"), node(kind_of_product, "e f", "y", "last")],
         {"x": (kind, shape or [None] * x.ndim)},
         {"y": None},
         constants,
         opset=opset,
     )
-    (product,) = [op for op in read_model(made, folder).operations if op.name == "last"]
+    product = last(made, folder)
     real = run(made, {"x": x}, ["e"])["e"].astype(np.float64)
     if isinstance(product, Unproven):
         return None, real, product.reason
@@ -424,7 +430,7 @@ def test_scales_of_channels_that_move(moves, axis, known, tmp_path) -> None:
     ]
     constants = {"s": f32([1, 16]), "by_one": [0, 1, 0, 0, -1, 0], "one": f32(1), "w": np.ones((2, 1, 1), np.int8)}
     made = model(nodes, {"x": (TensorProto.UINT8, [1, 2, 2])}, {"y": None}, constants, opset=21)
-    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    op = last(made, tmp_path)
     assert isinstance(op, Unproven) != known
 
 
@@ -442,7 +448,7 @@ def test_scales_of_channels_beside_a_constant_of_more_dimensions(kind, shape, di
     constants = {"s": f32([1, 16]), "one": f32(1), "w": np.ones((2, 1, 1, 1), np.int8)}
     constants["flat"] = np.full([1] * dims, 1 if kind == "Mul" else 0, np.float32)
     made = model(nodes, {"x": (TensorProto.UINT8, shape)}, {"y": None}, constants, opset=21)
-    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    op = last(made, tmp_path)
     assert isinstance(op, Unproven) != known
 
 
@@ -469,7 +475,7 @@ def test_weights_that_a_constant_makes_larger(kind, shape, known, tmp_path) -> N
     constants = {"s": f32(1), "w": np.full([1, 2], 127, np.int8), "to": [-1, 0]}
     constants["other"] = np.full(shape, number, np.float32)
     made = model(nodes, {"x": (TensorProto.UINT8, [1, None])}, {"y": None}, constants, opset=21)
-    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    op = last(made, tmp_path)
     assert isinstance(op, Unproven) != known
 
 
@@ -481,7 +487,7 @@ def test_weights_that_their_scale_makes_larger(kind, tmp_path) -> None:
     constants |= {"zero": f32(0), "bits": f32(4)}
     extra = [("qonnx.custom_op.general", 1)]
     made = model(nodes, {"x": (TensorProto.UINT8, [1, None])}, {"y": None}, constants, opset=21, extra=extra)
-    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    op = last(made, tmp_path)
     assert "makes larger" in op.reason
 
 
@@ -517,7 +523,7 @@ def test_bounds_in_half_floats(tmp_path) -> None:
     ]
     constants = {"s": f32(0.3 / 100.499), "z": np.uint8(0), "w": np.ones((1, 1), np.int8)}
     made = model(nodes, {"x": (TensorProto.UINT8, [1, 1])}, {"y": None}, constants, opset=10)
-    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    op = last(made, tmp_path)
     assert run(made, {"x": np.ones((1, 1), np.uint8)}, ["c"])["c"].item() == float(half(0.3)) > 0.3
     assert op.codes.hi == 101
 
@@ -543,7 +549,7 @@ def test_a_bound_above_everything_in_half_floats(tmp_path) -> None:
     ]
     constants = {"s": f32(0.3 / 100.499), "z": np.uint8(0), "less": half(-1), "w": np.ones((1, 1), np.int8)}
     made = model(nodes, {"x": (TensorProto.UINT8, [1, 1])}, {"y": None}, constants, opset=10)
-    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    op = last(made, tmp_path)
     assert run(made, {"x": np.ones((1, 1), np.uint8)}, ["y"])["y"].item() == 101
     assert (op.codes.lo, op.codes.hi) == (100, 101)
 
@@ -561,5 +567,5 @@ def test_windows_of_padding_alone_with_channels_last(dilations, safe, tmp_path) 
     constants = {"s": f32(1), "w": np.ones((2, 1), np.int8), "to": [-1, 2]}
     extra = [("qonnx.custom_op.general", 1)]
     made = model(nodes, {"x": (TensorProto.UINT8, [1, 4, 4, 2])}, {"y": None}, constants, opset=21, extra=extra)
-    (op,) = [op for op in read_model(made, tmp_path).operations if op.name == "last"]
+    op = last(made, tmp_path)
     assert isinstance(op, Unproven) != safe

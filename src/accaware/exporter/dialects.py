@@ -190,9 +190,9 @@ def _nibbles_fail(writer: Writer, x: str, grid: Grid, out: str) -> bool:
         before = writer.producer(before.input[0])
     if before is not None and before.op_type in ("Clip", "MaxPool", "Relu"):
         return True
-    reached = [out]
+    reached = [out] if out else []
     for tensor in reached:  # which grows meanwhile
-        after = writer.consumers(tensor) if tensor else []
+        after = writer.consumers(tensor)
         if any(node.op_type in ("MaxPool", "ReduceMax", "ReduceMin") for node in after):
             return True
         reached += [node.output[0] for node in after if node.op_type in _MOVES]

@@ -30,7 +30,7 @@ from accaware.onnx.facts import (
     unit,
     with_value,
 )
-from accaware.onnx.graph import Shape
+from accaware.onnx.graph import Node, Shape
 from accaware.onnx.tensors import ELEMENTS, SMALL, Array, Constant, UnreadableError
 
 Handler = Callable[[Call], Sequence[Fact]]
@@ -93,13 +93,19 @@ def _is_constant(fact: Fact) -> bool:
     return isinstance(fact, Constant) or (isinstance(fact, Codes) and fact.values is not None)
 
 
+def _windows_lie_inside(node: Node) -> bool:
+    """Whether a pooling neither pads nor rounds the number of windows up."""
+    exact = node.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and not node.get("ceil_mode", 0)
+    return exact and not any(node.ints("pads"))
+
+
 def _windows_hold_data(call: Call) -> bool:
     """Whether every window of a MaxPool meets the tensor, and does not lie in its padding alone."""
     node, kernel = call.node, call.node.ints("kernel_shape")
+    if _windows_lie_inside(node):
+        return True
     pads, ceil, ones = node.ints("pads"), node.get("ceil_mode", 0), (1,) * len(kernel)
     same = node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    if not ceil and not same and not any(pads):
-        return True
     strides, gaps = node.ints("strides") or ones, node.ints("dilations") or ones
     pads = pads or (0,) * 2 * len(kernel)
     sides = zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)
@@ -462,7 +468,7 @@ def average(call: Call) -> list[Fact]:
 def _windows_are_whole(call: Call) -> bool:
     """Whether every window of an average holds as many values as its kernel, or a divisor of that."""
     node, kernel = call.node, call.node.ints("kernel_shape")
-    if any(node.ints("pads")) or node.get("ceil_mode", 0) or node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+    if not _windows_lie_inside(node):
         return False
     ones, shape = (1,) * len(kernel), call.known(node.inputs[0])
     sizes = shape[2:] if shape is not None and len(shape) == len(kernel) + 2 else (None,) * len(kernel)
